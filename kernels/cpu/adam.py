@@ -1,0 +1,436 @@
+"""Adam on the rows of a table, on the CPU: one pass over the rows that have a gradient.
+
+For each distinct row r with the summed gradient g (duplicates in order of appearance):
+
+    m ← m + (1−β₁)(g−m),  v ← v + (1−β₂)(g²−v),  w ← w·(1−lr·λ) − a·m/(b√v + ε),  w ← project(w)
+
+with (a, b) after torch.optim.Adam at the row's own step ("row") or at the table's ("dense"), or
+after torch.optim.SparseAdam ("global"); "dense" first replays the steps that the row has missed.
+Bytes a row of D values: g, w, m, v read, w, m, v written: 7·D values, once each. The loop asks for
+the three rows that come 8 rows later before it works on this one.
+
+The definition is ``fastlatent.reference.adam_rows_`` and ``catch_up_``; the arguments are theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlatent.kernels import rules
+from fastlatent.kernels.cpu.compiled import (
+    bits_float,
+    compiled,
+    compute_type,
+    flat,
+    float_bits,
+    like,
+    load,
+    parallel,
+    prefetch,
+    prefetch_row,
+    rule,
+    scratch,
+    store,
+)
+from fastlatent.kernels.cpu.gather import index_array, out_of_range_error
+from fastlatent.kernels.cpu.philox import philox
+from fastlatent.reference import replay_limit
+
+_adam_moments = rule(rules.adam_moments)
+_adam_step = rule(rules.adam_step)
+_adam_scales = rule(rules.adam_scales)
+_sparse_adam_scales = rule(rules.sparse_adam_scales)
+_round_to_bfloat16 = rule(rules.round_to_bfloat16)
+_round_to_float16 = rule(rules.round_to_float16)
+_round_to_subnormal_float16 = rule(rules.round_to_subnormal_float16)
+
+GLOBAL, ROW, DENSE = 0, 1, 2
+_STEP_MODES = {"global": GLOBAL, "row": ROW, "dense": DENSE}
+NO_PROJECTION, BALL, SPHERE = 0, 1, 2
+_PROJECTIONS = {"none": NO_PROJECTION, "ball": BALL, "sphere": SPHERE}
+
+_MASK = np.uint64(0xFFFFFFFF)
+_HALF_WORD = np.uint64(32)
+
+
+class Rule(NamedTuple):
+    """What one call of the update does to every row; the first five in the dtype of the maths."""
+
+    one_minus_beta1: float
+    one_minus_beta2: float
+    eps: float
+    gradient_scale: float
+    zero: float
+    lr: float
+    weight_decay: float
+    log_beta1: float
+    log_beta2: float
+    step: int
+    step_mode: int
+    replay_limit: int
+    projection: int
+    radius: float
+    columns: int
+    seed: int
+    dither: int
+    skip_nonfinite: bool
+
+
+class Tables(NamedTuple):
+    """Flat arrays and row strides of the table and its state."""
+
+    weight: np.ndarray
+    exp_avg: np.ndarray
+    exp_avg_sq: np.ndarray
+    weight_stride: int
+    exp_avg_stride: int
+    exp_avg_sq_stride: int
+    row_step: np.ndarray
+    history: np.ndarray
+
+
+@compiled
+def _project(w, projection, radius, columns):
+    if projection == NO_PROJECTION:
+        return
+    square = 0.0
+    for d in range(columns):
+        square += np.float64(w[d]) * np.float64(w[d])
+    norm = math.sqrt(square)
+    if (projection == BALL and norm > radius) or (projection == SPHERE and norm > 0):
+        scale = radius / norm
+        for d in range(columns):
+            w[d] = w[d] * scale
+
+
+@compiled
+def _dithered(value, word, bfloat16):
+    if value != value:
+        return value
+    value32 = np.float32(value)
+    bits = np.int32(float_bits(value32))
+    word32 = np.int32(word & np.uint64(0x7FFFFFFF))
+    if bfloat16:
+        return bits_float(np.int32(_round_to_bfloat16(bits, word32)))
+    if abs(value32) < np.float32(2.0**-14):
+        magnitude = np.float32(_round_to_subnormal_float16(abs(value32), word32))
+        return math.copysign(magnitude, value32)
+    return bits_float(np.int32(_round_to_float16(bits, word32)))
+
+
+@compiled
+def _store_row(table, start, values, row, step, seed, dither):
+    """Writes a row; ``dither``: 0 rounds to nearest, 1 to bf16 and 2 to fp16 stochastically."""
+    columns = values.size
+    if dither == 0:
+        for d in range(columns):
+            store(table, start + d, values[d])
+        return
+    counter = np.uint64(row)
+    for group in range((columns + 3) // 4):
+        words = philox(
+            np.uint64(seed),
+            *(counter & _MASK, counter >> _HALF_WORD, np.uint64(step), np.uint64(group)),
+        )
+        for lane in range(min(4, columns - 4 * group)):
+            d = 4 * group + lane
+            store(table, start + d, _dithered(values[d], words[lane], dither == 1))
+
+
+@compiled
+def _load_row(target, table, start):
+    source = table[start : start + target.size]
+    for d in range(target.size):
+        target[d] = load(source[d])
+
+
+@compiled
+def _replay(w, m, v, seen, last, history, rule):
+    """Takes the steps seen+1 … last without a gradient; w, m, v are rows in working memory."""
+    stop = min(last, seen + rule.replay_limit)
+    for step in range(seen + 1, stop + 1):
+        lr = history[step, 0]
+        size, scale = _adam_scales(lr, float(step), rule.log_beta1, rule.log_beta2)
+        decay = like(rule.eps, 1.0 - lr * rule.weight_decay)
+        size, scale = like(rule.eps, size), like(rule.eps, scale)
+        for d in range(w.size):
+            m[d], v[d] = _adam_moments(
+                rule.zero, m[d], v[d], rule.one_minus_beta1, rule.one_minus_beta2
+            )
+            w[d] = _adam_step(w[d], m[d], v[d], decay, size, scale, rule.eps)
+        _project(w, rule.projection, rule.radius, rule.columns)
+    if stop < last:
+        rest = float(last - stop)
+        fade1, fade2 = math.exp(rest * rule.log_beta1), math.exp(rest * rule.log_beta2)
+        decay = math.exp(history[last, 1] - history[stop, 1])
+        for d in range(w.size):
+            m[d], v[d], w[d] = m[d] * fade1, v[d] * fade2, w[d] * decay
+        _project(w, rule.projection, rule.radius, rule.columns)
+
+
+@compiled
+def prefetch_tables(tables, row, columns):
+    prefetch_row(tables.weight, row * tables.weight_stride, columns)
+    prefetch_row(tables.exp_avg, row * tables.exp_avg_stride, columns)
+    prefetch_row(tables.exp_avg_sq, row * tables.exp_avg_sq_stride, columns)
+    if tables.row_step.size:
+        prefetch(tables.row_step, row)
+
+
+@compiled
+def update_row(row, work, memo, tables, rule):
+    """One step on row ``row``; ``work`` ``[4, W]`` holds its gradient, room for w, m, v.
+
+    ``memo`` keeps the scales of the last step number seen: neighbours usually share it.
+    Returns whether the row was updated (a non-finite gradient may be skipped).
+    """
+    g, w, m, v = work[0], work[1], work[2], work[3]
+    if rule.skip_nonfinite:
+        for d in range(g.size):
+            if not math.isfinite(g[d]):
+                return False
+    weight_start = row * tables.weight_stride
+    exp_avg_start, exp_avg_sq_start = row * tables.exp_avg_stride, row * tables.exp_avg_sq_stride
+    _load_row(w, tables.weight, weight_start)
+    _load_row(m, tables.exp_avg, exp_avg_start)
+    _load_row(v, tables.exp_avg_sq, exp_avg_sq_start)
+    step = rule.step
+    if rule.step_mode == ROW:
+        step = np.int64(tables.row_step[row]) + 1
+        tables.row_step[row] = step
+    elif rule.step_mode == DENSE:
+        seen = np.int64(tables.row_step[row])
+        if seen < step - 1:
+            _replay(w, m, v, seen, step - 1, tables.history, rule)
+        tables.row_step[row] = step
+    if memo[0] != step:
+        memo[0] = step
+        if rule.step_mode == GLOBAL:
+            memo[1] = _sparse_adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2)
+            memo[2] = 1.0
+        else:
+            memo[1], memo[2] = _adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2)
+    size, scale = like(rule.eps, memo[1]), like(rule.eps, memo[2])
+    decay = like(rule.eps, 1.0 - rule.lr * rule.weight_decay)
+    for d in range(g.size):
+        m[d], v[d] = _adam_moments(g[d], m[d], v[d], rule.one_minus_beta1, rule.one_minus_beta2)
+        w[d] = _adam_step(w[d], m[d], v[d], decay, size, scale, rule.eps)
+    _project(w, rule.projection, rule.radius, rule.columns)
+    _store_row(tables.weight, weight_start, w, row, step, rule.seed, rule.dither)
+    _store_row(tables.exp_avg, exp_avg_start, m, row, step, rule.seed, 0)
+    _store_row(tables.exp_avg_sq, exp_avg_sq_start, v, row, step, rule.seed, 0)
+    return True
+
+
+@compiled
+def _adam_loop(start, stop, worker, rows, first, order, gradient, work, tables, rule):
+    work, columns = work[worker], work.shape[2]
+    g, memo, skipped = work[0], np.zeros(3), 0
+    for k in range(start, stop):
+        if k + 8 < stop:
+            prefetch_tables(tables, rows[k + 8], columns)
+        if order.size == 0:
+            _load_row(g, gradient, k * columns)
+        else:
+            _load_row(g, gradient, order[first[k]] * columns)
+            for position in range(first[k] + 1, first[k + 1]):
+                more = gradient[order[position] * columns : (order[position] + 1) * columns]
+                for d in range(columns):
+                    g[d] += load(more[d])
+        if rule.gradient_scale != 1:
+            for d in range(columns):
+                g[d] *= rule.gradient_scale
+        if not update_row(rows[k], work, memo, tables, rule):
+            skipped += 1
+    return skipped
+
+
+@compiled
+def _catch_up_loop(start, stop, worker, rows, work, tables, rule):
+    work, columns = work[worker], work.shape[2]
+    w, m, v = work[1], work[2], work[3]
+    for k in range(start, stop):
+        row = rows[k]
+        seen = np.int64(tables.row_step[row])
+        if seen >= rule.step:
+            continue
+        weight_start = row * tables.weight_stride
+        exp_avg_start = row * tables.exp_avg_stride
+        exp_avg_sq_start = row * tables.exp_avg_sq_stride
+        _load_row(w, tables.weight, weight_start)
+        _load_row(m, tables.exp_avg, exp_avg_start)
+        _load_row(v, tables.exp_avg_sq, exp_avg_sq_start)
+        _replay(w, m, v, seen, rule.step, tables.history, rule)
+        _store_row(tables.weight, weight_start, w, row, rule.step, rule.seed, rule.dither)
+        _store_row(tables.exp_avg, exp_avg_start, m, row, rule.step, rule.seed, 0)
+        _store_row(tables.exp_avg_sq, exp_avg_sq_start, v, row, rule.step, rule.seed, 0)
+        tables.row_step[row] = rule.step
+    return columns
+
+
+def distinct(index: np.ndarray, assume_unique: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, first, order): row k has the gradients order[first[k]:first[k+1]].
+
+    Where no index stands twice, ``first`` and ``order`` are empty and ``rows`` is ``index``. Index
+    and position are sorted as one 64-bit number: that is stable, and several times faster than an
+    argsort.
+    """
+    nothing = np.empty(0, np.int64)
+    if assume_unique or index.size < 2:
+        return index, nothing, nothing
+    bits = int(index.size - 1).bit_length()
+    if int(index.max()).bit_length() + bits > 63:
+        order = np.argsort(index, kind="stable")
+        ordered = index[order]
+    else:
+        keys = (index << bits) | np.arange(index.size)
+        keys.sort()
+        ordered, order = keys >> bits, keys & ((1 << bits) - 1)
+    starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    if starts.size == index.size - 1:
+        return index, nothing, nothing
+    first = np.concatenate(([0], starts, [index.size]))
+    return ordered[first[:-1]], first, order
+
+
+def check_range(index: np.ndarray, rows: int) -> None:
+    if index.size:
+        low, high = index.min(), index.max()
+        if low < 0 or high >= rows:
+            raise out_of_range_error(low if low < 0 else high, rows)
+
+
+def make_tables(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_step: Tensor | None,
+    history: Tensor | None,
+) -> Tables:
+    return Tables(
+        *(flat(table) for table in (weight, exp_avg, exp_avg_sq)),
+        *(table.stride(0) for table in (weight, exp_avg, exp_avg_sq)),
+        np.empty(0, np.int32) if row_step is None else row_step.numpy(),
+        np.empty((0, 2)) if history is None else history.numpy(),
+    )
+
+
+def make_rule(
+    weight: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    skip_nonfinite: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    step_mode: str,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+) -> Rule:
+    compute = compute_type(weight.dtype)
+    scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    dither = {torch.bfloat16: 1, torch.float16: 2}.get(weight.dtype, 0) if seed is not None else 0
+    return Rule(
+        *(compute(x) for x in (1 - beta1, 1 - beta2, eps, -scale if maximize else scale, 0)),
+        *(float(lr), float(weight_decay)),
+        *(math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)),
+        int(step),
+        _STEP_MODES[step_mode],
+        replay_limit(beta1, beta2, weight.dtype) if step_mode == "dense" else 0,
+        _PROJECTIONS[projection],
+        float(radius),
+        int(columns),
+        np.uint64(seed or 0),
+        dither,
+        skip_nonfinite,
+    )
+
+
+def adam_rows_(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_step: Tensor | None,
+    index: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    history: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    step_mode: str,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+    assume_unique: bool,
+) -> None:
+    """One Adam step on the rows of ``index``, in place; see ``reference.adam_rows_``."""
+    positions = index_array(index)
+    check_range(positions, weight.shape[0])
+    if positions.size == 0 or (found_inf is not None and bool(found_inf)):
+        return
+    rows, first, order = distinct(positions, assume_unique)
+    rule = make_rule(
+        *(weight, step, lr, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
+        *(maximize, step_mode, projection, radius, columns, seed),
+    )
+    width = weight.shape[1]
+    counts = parallel(
+        *(_adam_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
+        *(flat(gradient.contiguous()), scratch(4, width, weight.dtype)),
+        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+    )
+    if skipped is not None:
+        skipped += sum(counts)
+
+
+def catch_up_(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_step: Tensor,
+    index: Tensor,
+    step: Tensor,
+    history: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+) -> None:
+    """Takes the dense steps that the rows of ``index`` missed; see ``reference.catch_up_``."""
+    positions = index_array(index)
+    check_range(positions, weight.shape[0])
+    if positions.size == 0:
+        return
+    rows, _, _ = distinct(positions, False)
+    rule = make_rule(
+        *(weight, step, torch.zeros(()), None, False, beta1, beta2, eps, weight_decay),
+        *(False, "dense", projection, radius, columns, seed),
+    )
+    width = weight.shape[1]
+    parallel(
+        *(_catch_up_loop, rows.size, 7 * width * weight.element_size(), rows),
+        *(scratch(4, width, weight.dtype),),
+        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+    )

@@ -1,0 +1,258 @@
+"""What every compiled CPU loop uses: compilation, threads, table storage, prefetch and the rules.
+
+Numba has no bf16 and no fp16 on the CPU, so tables of these dtypes are handed over as uint16 (bf16)
+and int16 (fp16) views: the integer's signedness says which one it is. Loops take flat arrays and
+row strides, so a table may be a view of rows with contiguous columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from fastlatent.kernels import rules
+
+_pool: ThreadPoolExecutor | None = None
+
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+@functools.cache
+def _sources() -> str:
+    folder = Path(rules.__file__).parent
+    digest = hashlib.sha256()
+    for path in [folder / "rules.py", *sorted((folder / "cpu").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba, without the GIL, cached on disk where some cache folder is writable.
+
+    Numba's cache knows a function by the file that it stands in. A loop also contains the rules and
+    helpers of other files, so its cache entry is stamped with all of them.
+    """
+    try:
+        loop = njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:
+        return njit(**_OPTIONS)(function)
+    loop._cache._cache_file._source_stamp = _sources()
+    return loop
+
+
+def parallel(loop: Callable[..., Any], rows: int, row_bytes: int, *arguments: Any) -> list[Any]:
+    """Runs ``loop(start, stop, worker, *arguments)`` over [0, rows) on torch's number of threads.
+
+    Plain threads, because the loops hold no GIL: unlike an OpenMP pool they leave a process that
+    forks afterwards (a DataLoader with workers) in order. A pass of less than 2 MiB runs here and
+    now: waking a thread would cost more.
+    """
+    workers = min(torch.get_num_threads(), rows * row_bytes // 2**21 + 1, max(rows, 1))
+    bounds = [rows * worker // workers for worker in range(workers + 1)]
+    tasks = [
+        _threads().submit(loop, bounds[worker], bounds[worker + 1], worker, *arguments)
+        for worker in range(1, workers)
+    ]
+    try:
+        first = loop(0, bounds[1], 0, *arguments)
+    finally:
+        results = [task.result() for task in tasks]
+    return [first, *results]
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlatent")
+    return _pool
+
+
+def _forget_threads() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype) -> np.ndarray:
+    """Working memory ``[workers, rows, columns]`` in the dtype of the maths."""
+    return np.empty((max(torch.get_num_threads(), 1), rows, columns), compute_type(dtype))
+
+
+def compute_type(dtype: torch.dtype) -> type:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """The elements from the first to the last one of ``[N, W]`` rows, as a 1-D array."""
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        span = 0
+    else:
+        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    line = tensor.as_strided((span,), (1,))
+    if line.dtype == torch.bfloat16:
+        return line.view(torch.uint16).numpy()
+    if line.dtype == torch.float16:
+        return line.view(torch.int16).numpy()
+    return line.numpy()
+
+
+@intrinsic
+def prefetch(typing_context, array, position):
+    """Asks for the cache line of ``array[position]``; any position is legal."""
+
+    def generate(context, builder, signature, arguments):
+        array_type = signature.args[0]
+        structure = context.make_array(array_type)(context, builder, arguments[0])
+        pointer = cgutils.get_item_pointer(
+            context, builder, array_type, structure, [arguments[1]], wraparound=False
+        )
+        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, word, word, word]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(function, [builder.bitcast(pointer, byte), word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@compiled
+def prefetch_row(array, start, columns):
+    step = 64 // array.itemsize
+    for offset in range(0, columns, step):
+        prefetch(array, start + offset)
+
+
+def _cast(source: Any, target: Any, convert: Callable[..., Any]) -> Callable[..., Any]:
+    @intrinsic
+    def cast(typing_context, value):
+        def generate(context, builder, signature, arguments):
+            return convert(builder, arguments[0])
+
+        return target(source), generate
+
+    return cast
+
+
+_half = ir.HalfType()
+float_bits = _cast(
+    types.float32, types.int32, lambda builder, value: builder.bitcast(value, ir.IntType(32))
+)
+bits_float = _cast(
+    types.int32, types.float32, lambda builder, value: builder.bitcast(value, ir.FloatType())
+)
+half_float = _cast(
+    types.int16,
+    types.float32,
+    lambda builder, value: builder.fpext(builder.bitcast(value, _half), ir.FloatType()),
+)
+float_half = _cast(
+    types.float32,
+    types.int16,
+    lambda builder, value: builder.bitcast(builder.fptrunc(value, _half), ir.IntType(16)),
+)
+
+
+def load(stored):
+    """A stored element as the number that it is (compiled code only)."""
+    raise NotImplementedError
+
+
+def store(array, position, value):
+    """``array[position] = value``, rounded to nearest even (compiled code only)."""
+    raise NotImplementedError
+
+
+@overload(load, inline="always")
+def _load(stored):
+    if stored == types.uint16:
+        return lambda stored: bits_float(np.int32(np.uint32(stored) << np.uint32(16)))
+    if stored == types.int16:
+        return lambda stored: half_float(stored)
+    return lambda stored: stored
+
+
+@compiled
+def bfloat16_bits(value):
+    bits = np.uint32(float_bits(value))
+    if value != value:
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(64))
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(nearest >> np.uint32(16))
+
+
+@overload(store, inline="always")
+def _store(array, position, value):
+    if array.dtype == types.uint16:
+
+        def write(array, position, value):
+            array[position] = bfloat16_bits(np.float32(value))
+
+    elif array.dtype == types.int16:
+
+        def write(array, position, value):
+            array[position] = float_half(np.float32(value))
+
+    else:
+
+        def write(array, position, value):
+            array[position] = value
+
+    return write
+
+
+def like(example, value):
+    """``value`` in the floating-point type of ``example`` (compiled code only)."""
+    raise NotImplementedError
+
+
+@overload(like, inline="always")
+def _like(example, value):
+    if example == types.float32:
+        return lambda example, value: np.float32(value)
+    return lambda example, value: np.float64(value)
+
+
+_NAMES = {
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "expm1": math.expm1,
+    "log": math.log,
+    "floor": np.floor,
+    "to_float": np.float32,
+    "HALF": np.float32(0.5),
+    "MINUS_TWO": np.float32(-2),
+    "LOW_13": np.int32(0x1FFF),
+    "LOW_16": np.int32(0xFFFF),
+    "HIGH_16": np.int32(-0x10000),
+    "HIGH_19": np.int32(-0x2000),
+    "TO_QUANTA": np.float32(2.0**24),
+    "FROM_QUANTA": np.float32(2.0**-24),
+    "THIRTEENTH_BIT": np.float32(2.0**-13),
+}
+
+
+def rule(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """A rule of ``fastlatent.kernels.rules``, compiled for these loops."""
+    return njit(**_OPTIONS)(rules.bind(function, **{**_NAMES, **names}))

@@ -1,0 +1,234 @@
+"""Reparameterise and KL on the CPU, forward and backward, for rows of a table or dense tensors.
+
+Forward, per row: z = μ + σε and KL = Σ ½(eᵗ − 1 − t + ((μ−m)/p)²) with t = log(σ²/p²), ε from Philox
+at (seed, b) unless it is given. Bytes a row of D dimensions: 2·D read, D + 1 written.
+Backward: (∂μ, ∂log σ²) from ∂z, ∂KL, μ and log σ², with ε drawn again: 3·D + 1 read, 2·D written.
+
+The definition is ``fastlatent.reference``; the arguments are its arguments. A row is either row b of
+two dense arrays or, with an ``index``, the row index[b] of a table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlatent.kernels import rules
+from fastlatent.kernels.cpu.compiled import (
+    compiled,
+    compute_type,
+    flat,
+    load,
+    parallel,
+    prefetch_row,
+    rule,
+    scratch,
+    store,
+)
+from fastlatent.kernels.cpu.gather import out_of_range_error
+from fastlatent.kernels.cpu.philox import fill_normal
+
+WHOLE = np.empty(0, np.int64)
+
+_reparameterize = rule(rules.reparameterize)
+_twice_kl = rule(rules.twice_kl)
+_variational_gradient = rule(rules.variational_gradient)
+
+
+@compiled
+def fill_noise(epsilon, noise, seed, sample, b):
+    columns = epsilon.size
+    if not sample:
+        epsilon[:] = 0
+    elif noise.size:
+        for d in range(columns):
+            epsilon[d] = load(noise[b * columns + d])
+    else:
+        fill_normal(epsilon, seed, b)
+
+
+@compiled
+def _forward_row(b, mean, log_variance, epsilon, prior, z):
+    """Writes row b of z and returns its KL; ``prior`` is [3, D]: m, 1/p, log p²."""
+    columns, total = epsilon.size, 0.0
+    for d in range(columns):
+        mu, log_var = load(mean[d]), load(log_variance[d])
+        store(z, b * columns + d, _reparameterize(mu, log_var, epsilon[d]))
+        total += _twice_kl(mu, log_var, prior[0, d], prior[1, d], prior[2, d])
+    return 0.5 * total
+
+
+@compiled
+def _forward_loop(
+    start,
+    stop,
+    worker,
+    index,
+    mean,
+    log_variance,
+    stride,
+    rows,
+    work,
+    prior,
+    noise,
+    seed,
+    sample,
+    z,
+    kl,
+):
+    epsilon = work[worker, 0]
+    columns = epsilon.size
+    gathered = index.size > 0
+    for b in range(start, stop):
+        if gathered and b + 16 < stop and 0 <= index[b + 16] < rows:
+            prefetch_row(mean, index[b + 16] * stride, columns)
+            prefetch_row(log_variance, index[b + 16] * stride, columns)
+        row = index[b] if gathered else b
+        if row < 0 or row >= rows:
+            return b
+        fill_noise(epsilon, noise, seed, sample, b)
+        here = slice(row * stride, row * stride + columns)
+        kl[b] = _forward_row(b, mean[here], log_variance[here], epsilon, prior, z)
+    return -1
+
+
+@compiled
+def add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior):
+    """Adds to g ``[2·D]`` the gradient of batch entry b."""
+    columns = epsilon.size
+    dz = grad_z[b * columns : (b + 1) * columns]
+    dkl = load(grad_kl[b])
+    for d in range(columns):
+        dmean, dlog_variance = _variational_gradient(
+            load(dz[d]),
+            dkl,
+            load(mean[d]),
+            load(log_variance[d]),
+            epsilon[d],
+            prior[0, d],
+            prior[1, d],
+            prior[2, d],
+        )
+        g[d] += dmean
+        g[columns + d] += dlog_variance
+
+
+@compiled
+def _backward_loop(
+    start,
+    stop,
+    worker,
+    index,
+    mean,
+    log_variance,
+    stride,
+    work,
+    prior,
+    noise,
+    seed,
+    sample,
+    grad_z,
+    grad_kl,
+    grad_mean,
+    grad_log_variance,
+    grad_stride,
+):
+    columns = prior.shape[1]
+    g, epsilon = work[worker, 0], work[worker, 1, :columns]
+    for b in range(start, stop):
+        row = index[b] if index.size > 0 else b
+        here = slice(row * stride, row * stride + columns)
+        fill_noise(epsilon, noise, seed, sample, b)
+        g[:] = 0
+        add_gradient(g, b, mean[here], log_variance[here], epsilon, grad_z, grad_kl, prior)
+        for d in range(columns):
+            store(grad_mean, b * grad_stride + d, g[d])
+            store(grad_log_variance, b * grad_stride + d, g[columns + d])
+    return -1
+
+
+def prior_rows(mean: Tensor, std: Tensor, columns: int, dtype: torch.dtype) -> np.ndarray:
+    rows = np.empty((3, columns), compute_type(dtype))
+    deviation = std.detach().double().numpy()
+    rows[0], rows[1], rows[2] = mean.detach().double().numpy(), 1 / deviation, 2 * np.log(deviation)
+    return rows
+
+
+def draws(
+    noise: Tensor | None, seed: Tensor, sample: bool, like: Tensor
+) -> tuple[np.ndarray, np.uint64, bool]:
+    given = like.new_empty(0) if noise is None else noise.contiguous()
+    return flat(given.view(1, -1)), np.uint64(int(seed) & (2**64 - 1)), sample
+
+
+def forward(
+    index: np.ndarray,
+    mean: Tensor,
+    log_variance: Tensor,
+    batch: int,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Tensor,
+    noise: Tensor | None,
+    sample: bool,
+) -> tuple[Tensor, Tensor]:
+    columns = mean.shape[1]
+    z = torch.empty(batch, columns, dtype=mean.dtype)
+    kl = torch.empty(batch, dtype=torch.float64 if mean.dtype == torch.float64 else torch.float32)
+    wrong = parallel(
+        *(_forward_loop, batch, 3 * columns * mean.element_size()),
+        *(index, flat(mean), flat(log_variance), mean.stride(0), mean.shape[0]),
+        *(scratch(1, columns, mean.dtype), prior_rows(prior_mean, prior_std, columns, mean.dtype)),
+        *(*draws(noise, seed, sample, mean), flat(z), kl.numpy()),
+    )
+    for position in wrong:
+        if position >= 0:
+            raise out_of_range_error(index[position], mean.shape[0])
+    return z, kl
+
+
+def backward(
+    index: np.ndarray,
+    mean: Tensor,
+    log_variance: Tensor,
+    grad_z: Tensor,
+    grad_kl: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Tensor,
+    noise: Tensor | None,
+    sample: bool,
+    grad_mean: Tensor,
+    grad_log_variance: Tensor,
+) -> None:
+    columns = mean.shape[1]
+    parallel(
+        *(_backward_loop, grad_z.shape[0], 5 * columns * mean.element_size()),
+        *(index, flat(mean), flat(log_variance), mean.stride(0)),
+        *(
+            scratch(2, 2 * columns, mean.dtype),
+            prior_rows(prior_mean, prior_std, columns, mean.dtype),
+        ),
+        *draws(noise, seed, sample, mean),
+        *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
+        *(flat(grad_mean), flat(grad_log_variance), grad_mean.stride(0)),
+    )
+
+
+def reparameterize_kl(
+    mean: Tensor, log_variance: Tensor, *options: object
+) -> tuple[Tensor, Tensor]:
+    """z ``[B, D]`` and KL ``[B]`` of dense mean and log-variance."""
+    mean, log_variance = mean.contiguous(), log_variance.contiguous()
+    return forward(WHOLE, mean, log_variance, mean.shape[0], *options)  # type: ignore[arg-type]
+
+
+def reparameterize_kl_backward(
+    grad_z: Tensor, grad_kl: Tensor, mean: Tensor, log_variance: Tensor, *options: object
+) -> tuple[Tensor, Tensor]:
+    """Gradients ``[B, D]`` with respect to mean and log-variance."""
+    mean, log_variance = mean.contiguous(), log_variance.contiguous()
+    gradients = torch.empty_like(mean), torch.empty_like(mean)
+    backward(WHOLE, mean, log_variance, grad_z, grad_kl, *options, *gradients)  # type: ignore[arg-type]
+    return gradients

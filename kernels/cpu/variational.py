@@ -1,0 +1,167 @@
+"""The variational step of a table on the CPU: one lookup loop, one update loop.
+
+The lookup is ``reparameterize``'s loop over the rows index[b], each holding μ | log σ². The update
+computes (∂μ, ∂log σ²) of a row from ∂z, ∂KL and the row itself and takes its Adam step at once, so
+that the gradient never leaves the cache. Bytes a row of D dimensions: D + 1 and 2·3·D read, 2·3·D
+written: 13·D values.
+
+The definition is ``fastlatent.reference``; the arguments are its arguments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlatent.kernels.cpu.adam import (
+    check_range,
+    distinct,
+    make_rule,
+    make_tables,
+    prefetch_tables,
+    update_row,
+)
+from fastlatent.kernels.cpu.compiled import compiled, flat, parallel, scratch
+from fastlatent.kernels.cpu.gather import index_array
+from fastlatent.kernels.cpu.reparameterize import (
+    WHOLE,
+    add_gradient,
+    backward,
+    draws,
+    fill_noise,
+    forward,
+    prior_rows,
+)
+
+
+@compiled
+def _update_loop(
+    start,
+    stop,
+    worker,
+    rows,
+    first,
+    order,
+    work,
+    prior,
+    noise,
+    noise_seed,
+    sample,
+    grad_z,
+    grad_kl,
+    tables,
+    rule,
+):
+    columns = prior.shape[1]
+    work = work[worker]
+    g, epsilon, memo, skipped = work[0], work[4, :columns], np.zeros(3), 0
+    for k in range(start, stop):
+        if k + 8 < stop:
+            prefetch_tables(tables, rows[k + 8], 2 * columns)
+        row = rows[k]
+        base = row * tables.weight_stride
+        mean = tables.weight[base : base + columns]
+        log_variance = tables.weight[base + columns : base + 2 * columns]
+        g[:] = 0
+        begin, end = (k, k + 1) if order.size == 0 else (first[k], first[k + 1])
+        for position in range(begin, end):
+            b = position if order.size == 0 else order[position]
+            fill_noise(epsilon, noise, noise_seed, sample, b)
+            add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior)
+        if rule.gradient_scale != 1:
+            for d in range(2 * columns):
+                g[d] *= rule.gradient_scale
+        if not update_row(row, work, memo, tables, rule):
+            skipped += 1
+    return skipped
+
+
+def variational_gather(
+    weight: Tensor,
+    index: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    seed: Tensor,
+    noise: Tensor | None,
+    sample: bool,
+    out_of_range: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """z ``[B, D]`` and KL ``[B]`` of the rows ``weight[index]``; IndexError outside the table."""
+    rows = index_array(index)
+    mean, log_variance = weight.chunk(2, 1)
+    if rows.size == 0:
+        return weight.new_empty(0, mean.shape[1]), forward(
+            *(WHOLE, mean, log_variance, 0, prior_mean, prior_std, seed, noise, sample)
+        )[1]
+    return forward(
+        *(rows, mean, log_variance, rows.size, prior_mean, prior_std, seed, noise, sample)
+    )
+
+
+def variational_gather_backward(
+    grad_z: Tensor, grad_kl: Tensor, weight: Tensor, index: Tensor, *options: object
+) -> Tensor:
+    """Gradient rows ``[B, 2D]``."""
+    gradient = torch.empty(grad_z.shape[0], weight.shape[1], dtype=weight.dtype)
+    backward(
+        *(index_array(index), *weight.chunk(2, 1), grad_z, grad_kl, *options),  # type: ignore[arg-type]
+        *gradient.chunk(2, 1),
+    )
+    return gradient
+
+
+def variational_adam_rows_(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_step: Tensor | None,
+    index: Tensor,
+    grad_z: Tensor,
+    grad_kl: Tensor,
+    prior_mean: Tensor,
+    prior_std: Tensor,
+    noise_seed: Tensor,
+    noise: Tensor | None,
+    sample: bool,
+    step: Tensor,
+    lr: Tensor,
+    history: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skipped: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    step_mode: str,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+    assume_unique: bool,
+) -> None:
+    """Backward pass and Adam step in one loop; no gradient is stored."""
+    positions = index_array(index)
+    check_range(positions, weight.shape[0])
+    if positions.size == 0 or (found_inf is not None and bool(found_inf)):
+        return
+    rows, first, order = distinct(positions, assume_unique)
+    rule = make_rule(
+        *(weight, step, lr, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
+        *(maximize, step_mode, projection, radius, columns, seed),
+    )
+    width = weight.shape[1]
+    counts = parallel(
+        *(_update_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
+        *(
+            scratch(5, width, weight.dtype),
+            prior_rows(prior_mean, prior_std, width // 2, weight.dtype),
+        ),
+        *draws(noise, noise_seed, sample, weight),
+        *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
+        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+    )
+    if skipped is not None:
+        skipped += sum(counts)
