@@ -19,7 +19,7 @@ from fastlatent import _ops
 
 
 class Sink(Protocol):
-    """Who consumes a table's gradient inside the backward pass (``SparseAdam(in_backward=True)``)."""
+    """What consumes a table's gradient in the backward pass: ``SparseAdam(in_backward=True)``."""
 
     def begin(self) -> Any: ...
 

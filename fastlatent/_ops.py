@@ -1,8 +1,8 @@
 """The op boundary: every kernel as ``torch.ops.fastlatent.*``, one schema and one fake each.
 
 An op's last argument names the implementation that runs it; all implementations of an op are
-functions of the op's name and arguments, defined by the ones in ``fastlatent.reference``. A new back
-end adds functions, not callers.
+functions of the op's name and arguments, defined by the ones in ``fastlatent.reference``. A new
+back end adds functions, not callers.
 """
 
 from __future__ import annotations

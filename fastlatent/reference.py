@@ -16,7 +16,6 @@ _NAMES = {
     "sqrt": torch.sqrt,
     "exp": torch.exp,
     "expm1": torch.expm1,
-    "log": torch.log,
     "floor": torch.floor,
     "to_float": lambda word: word.to(torch.float32),
     "HALF": 0.5,
@@ -41,8 +40,8 @@ _round_to_float16 = rules.bind(rules.round_to_float16, **_NAMES)
 _round_to_subnormal_float16 = rules.bind(rules.round_to_subnormal_float16, **_NAMES)
 
 
-def _unit_interval(word: Tensor) -> Tensor:
-    return (word.double() + 0.5) * 2.0**-32
+def _log_uniform(word: Tensor) -> Tensor:
+    return torch.log((word.double() + 0.5) * 2.0**-32)
 
 
 def _turn(word: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,7 @@ def _turn(word: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sin(angle), torch.cos(angle)
 
 
-_box_muller = rules.bind(rules.box_muller, unit_interval=_unit_interval, turn=_turn, **_NAMES)
+_box_muller = rules.bind(rules.box_muller, log_uniform=_log_uniform, turn=_turn, **_NAMES)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -397,7 +396,7 @@ def variational_gather(
     sample: bool,
     out_of_range: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``reparameterize_kl`` of the rows mean | log-variance ``weight[index]``, weight ``[N, 2D]``."""
+    """``reparameterize_kl`` of the rows ``weight[index]``, each mean | log-variance."""
     rows = gather(weight, index, out_of_range)
     return reparameterize_kl(*rows.chunk(2, 1), prior_mean, prior_std, seed, noise, sample)
 
@@ -436,7 +435,7 @@ def variational_adam_rows_(
     sample: bool,
     *update: object,
 ) -> None:
-    """``variational_gather_backward`` and ``adam_rows_`` in one: ``update`` is the latter's rest."""
+    """``variational_gather_backward``, then ``adam_rows_`` with the options ``update``."""
     gradient = variational_gather_backward(
         grad_z, grad_kl, weight, index, prior_mean, prior_std, noise_seed, noise, sample
     )

@@ -174,9 +174,9 @@ def _before_state_dict(table: LatentTable, *_: Any) -> None:
 
 
 class VariationalLatentTable(LatentTable):
-    """A Gaussian q(z|x_i) = N(mean_i, exp(log_variance_i)) for each sample (VAD; Zadeh et al. 2019).
+    """A Gaussian q(z|x_i) = N(mean_i, exp(log_variance_i)) for each sample (VAD, arXiv 1903.00840).
 
-    ``weight`` is ``[N, 2·D]``, each row mean | log-variance, so that one row is one contiguous read.
+    ``weight`` is ``[N, 2·D]``, each row mean | log-variance: one row is one contiguous read.
 
     Args:
         num_embeddings: N, the number of samples.

@@ -7,8 +7,8 @@ only arithmetic and the names that its docstring lists, and no literals, whose t
 compilers see differently.
 
 Sources: Adam, Kingma and Ba 2015, algorithm 1; decoupled weight decay, Loshchilov and Hutter 2019,
-algorithm 2; the reparameterised Gaussian and its KL divergence, Kingma and Welling 2014, appendix B,
-for the prior N(m, p²); Box and Muller 1958.
+algorithm 2; the reparameterised Gaussian and its KL divergence, Kingma and Welling 2014, appendix
+B, for the prior N(m, p²); Box and Muller 1958.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def variational_gradient(
 def box_muller(radius_word, angle_word):
     """Two independent standard normals from two 32-bit words.
 
-    Binds: sqrt, log, MINUS_TWO, unit_interval (word → (0, 1]) and turn (word → sine and cosine of
-    that fraction, word/2³², of a full turn).
+    Binds: sqrt, MINUS_TWO, log_uniform (word → log((word + ½)/2³²)) and turn (word → sine and
+    cosine of that fraction, word/2³², of a full turn).
     """
-    radius = sqrt(MINUS_TWO * log(unit_interval(radius_word)))  # noqa: F821
+    radius = sqrt(MINUS_TWO * log_uniform(radius_word))  # noqa: F821
     sine, cosine = turn(angle_word)  # noqa: F821
     return radius * cosine, radius * sine
 

@@ -15,7 +15,7 @@ The definition is ``fastlatent.reference.adam_rows_`` and ``catch_up_``; the arg
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from fastlatent.kernels.cpu.compiled import (
     compute_type,
     flat,
     float_bits,
+    inlined,
     like,
     load,
     parallel,
@@ -81,20 +82,7 @@ class Rule(NamedTuple):
     skip_nonfinite: bool
 
 
-class Tables(NamedTuple):
-    """Flat arrays and row strides of the table and its state."""
-
-    weight: np.ndarray
-    exp_avg: np.ndarray
-    exp_avg_sq: np.ndarray
-    weight_stride: int
-    exp_avg_stride: int
-    exp_avg_sq_stride: int
-    row_step: np.ndarray
-    history: np.ndarray
-
-
-@compiled
+@inlined
 def _project(w, projection, radius, columns):
     if projection == NO_PROJECTION:
         return
@@ -123,13 +111,14 @@ def _dithered(value, word, bfloat16):
     return bits_float(np.int32(_round_to_float16(bits, word32)))
 
 
-@compiled
+@inlined
 def _store_row(table, start, values, row, step, seed, dither):
     """Writes a row; ``dither``: 0 rounds to nearest, 1 to bf16 and 2 to fp16 stochastically."""
     columns = values.size
+    target = table[start : start + columns]
     if dither == 0:
         for d in range(columns):
-            store(table, start + d, values[d])
+            store(target, d, values[d])
         return
     counter = np.uint64(row)
     for group in range((columns + 3) // 4):
@@ -139,10 +128,10 @@ def _store_row(table, start, values, row, step, seed, dither):
         )
         for lane in range(min(4, columns - 4 * group)):
             d = 4 * group + lane
-            store(table, start + d, _dithered(values[d], words[lane], dither == 1))
+            store(target, d, _dithered(values[d], words[lane], dither == 1))
 
 
-@compiled
+@inlined
 def _load_row(target, table, start):
     source = table[start : start + target.size]
     for d in range(target.size):
@@ -173,41 +162,40 @@ def _replay(w, m, v, seen, last, history, rule):
         _project(w, rule.projection, rule.radius, rule.columns)
 
 
-@compiled
-def prefetch_tables(tables, row, columns):
-    prefetch_row(tables.weight, row * tables.weight_stride, columns)
-    prefetch_row(tables.exp_avg, row * tables.exp_avg_stride, columns)
-    prefetch_row(tables.exp_avg_sq, row * tables.exp_avg_sq_stride, columns)
-    if tables.row_step.size:
-        prefetch(tables.row_step, row)
+@inlined
+def prefetch_tables(row, columns, weight, exp_avg, exp_avg_sq, row_step, strides):
+    prefetch_row(weight, row * strides[0], columns)
+    prefetch_row(exp_avg, row * strides[1], columns)
+    prefetch_row(exp_avg_sq, row * strides[2], columns)
+    if row_step.size:
+        prefetch(row_step, row)
 
 
-@compiled
-def update_row(row, work, memo, tables, rule):
-    """One step on row ``row``; ``work`` ``[4, W]`` holds its gradient, room for w, m, v.
+@inlined
+def update_row(
+    row, g, w, m, v, memo, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
+):
+    """One step on row ``row`` with the gradient g; w, m, v are room for its values.
 
     ``memo`` keeps the scales of the last step number seen: neighbours usually share it.
     Returns whether the row was updated (a non-finite gradient may be skipped).
     """
-    g, w, m, v = work[0], work[1], work[2], work[3]
     if rule.skip_nonfinite:
         for d in range(g.size):
             if not math.isfinite(g[d]):
                 return False
-    weight_start = row * tables.weight_stride
-    exp_avg_start, exp_avg_sq_start = row * tables.exp_avg_stride, row * tables.exp_avg_sq_stride
-    _load_row(w, tables.weight, weight_start)
-    _load_row(m, tables.exp_avg, exp_avg_start)
-    _load_row(v, tables.exp_avg_sq, exp_avg_sq_start)
+    _load_row(w, weight, row * strides[0])
+    _load_row(m, exp_avg, row * strides[1])
+    _load_row(v, exp_avg_sq, row * strides[2])
     step = rule.step
     if rule.step_mode == ROW:
-        step = np.int64(tables.row_step[row]) + 1
-        tables.row_step[row] = step
+        step = np.int64(row_step[row]) + 1
+        row_step[row] = step
     elif rule.step_mode == DENSE:
-        seen = np.int64(tables.row_step[row])
+        seen = np.int64(row_step[row])
         if seen < step - 1:
-            _replay(w, m, v, seen, step - 1, tables.history, rule)
-        tables.row_step[row] = step
+            _replay(w, m, v, seen, step - 1, history, rule)
+        row_step[row] = step
     if memo[0] != step:
         memo[0] = step
         if rule.step_mode == GLOBAL:
@@ -221,19 +209,35 @@ def update_row(row, work, memo, tables, rule):
         m[d], v[d] = _adam_moments(g[d], m[d], v[d], rule.one_minus_beta1, rule.one_minus_beta2)
         w[d] = _adam_step(w[d], m[d], v[d], decay, size, scale, rule.eps)
     _project(w, rule.projection, rule.radius, rule.columns)
-    _store_row(tables.weight, weight_start, w, row, step, rule.seed, rule.dither)
-    _store_row(tables.exp_avg, exp_avg_start, m, row, step, rule.seed, 0)
-    _store_row(tables.exp_avg_sq, exp_avg_sq_start, v, row, step, rule.seed, 0)
+    _store_row(weight, row * strides[0], w, row, step, rule.seed, rule.dither)
+    _store_row(exp_avg, row * strides[1], m, row, step, rule.seed, 0)
+    _store_row(exp_avg_sq, row * strides[2], v, row, step, rule.seed, 0)
     return True
 
 
 @compiled
-def _adam_loop(start, stop, worker, rows, first, order, gradient, work, tables, rule):
-    work, columns = work[worker], work.shape[2]
-    g, memo, skipped = work[0], np.zeros(3), 0
+def _adam_loop(
+    start,
+    stop,
+    worker,
+    rows,
+    first,
+    order,
+    gradient,
+    work,
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    row_step,
+    history,
+    strides,
+    rule,
+):
+    g, w, m, v = work[worker, 0], work[worker, 1], work[worker, 2], work[worker, 3]
+    columns, memo, skipped = g.size, np.zeros(3), 0
     for k in range(start, stop):
         if k + 8 < stop:
-            prefetch_tables(tables, rows[k + 8], columns)
+            prefetch_tables(rows[k + 8], columns, weight, exp_avg, exp_avg_sq, row_step, strides)
         if order.size == 0:
             _load_row(g, gradient, k * columns)
         else:
@@ -245,32 +249,31 @@ def _adam_loop(start, stop, worker, rows, first, order, gradient, work, tables, 
         if rule.gradient_scale != 1:
             for d in range(columns):
                 g[d] *= rule.gradient_scale
-        if not update_row(rows[k], work, memo, tables, rule):
+        if not update_row(
+            rows[k], g, w, m, v, memo, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
+        ):
             skipped += 1
     return skipped
 
 
 @compiled
-def _catch_up_loop(start, stop, worker, rows, work, tables, rule):
-    work, columns = work[worker], work.shape[2]
-    w, m, v = work[1], work[2], work[3]
+def _catch_up_loop(
+    start, stop, worker, rows, work, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
+):
+    w, m, v = work[worker, 1], work[worker, 2], work[worker, 3]
     for k in range(start, stop):
         row = rows[k]
-        seen = np.int64(tables.row_step[row])
+        seen = np.int64(row_step[row])
         if seen >= rule.step:
             continue
-        weight_start = row * tables.weight_stride
-        exp_avg_start = row * tables.exp_avg_stride
-        exp_avg_sq_start = row * tables.exp_avg_sq_stride
-        _load_row(w, tables.weight, weight_start)
-        _load_row(m, tables.exp_avg, exp_avg_start)
-        _load_row(v, tables.exp_avg_sq, exp_avg_sq_start)
-        _replay(w, m, v, seen, rule.step, tables.history, rule)
-        _store_row(tables.weight, weight_start, w, row, rule.step, rule.seed, rule.dither)
-        _store_row(tables.exp_avg, exp_avg_start, m, row, rule.step, rule.seed, 0)
-        _store_row(tables.exp_avg_sq, exp_avg_sq_start, v, row, rule.step, rule.seed, 0)
-        tables.row_step[row] = rule.step
-    return columns
+        _load_row(w, weight, row * strides[0])
+        _load_row(m, exp_avg, row * strides[1])
+        _load_row(v, exp_avg_sq, row * strides[2])
+        _replay(w, m, v, seen, rule.step, history, rule)
+        _store_row(weight, row * strides[0], w, row, rule.step, rule.seed, rule.dither)
+        _store_row(exp_avg, row * strides[1], m, row, rule.step, rule.seed, 0)
+        _store_row(exp_avg_sq, row * strides[2], v, row, rule.step, rule.seed, 0)
+        row_step[row] = rule.step
 
 
 def distinct(index: np.ndarray, assume_unique: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -305,18 +308,20 @@ def check_range(index: np.ndarray, rows: int) -> None:
             raise out_of_range_error(low if low < 0 else high, rows)
 
 
-def make_tables(
+def table_arrays(
     weight: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     row_step: Tensor | None,
     history: Tensor | None,
-) -> Tables:
-    return Tables(
-        *(flat(table) for table in (weight, exp_avg, exp_avg_sq)),
-        *(table.stride(0) for table in (weight, exp_avg, exp_avg_sq)),
+) -> tuple[Any, ...]:
+    """Flat arrays of the table and its state, and the row strides of the first three."""
+    tables = (weight, exp_avg, exp_avg_sq)
+    return (
+        *(flat(table) for table in tables),
         np.empty(0, np.int32) if row_step is None else row_step.numpy(),
         np.empty((0, 2)) if history is None else history.numpy(),
+        tuple(table.stride(0) for table in tables),
     )
 
 
@@ -395,7 +400,8 @@ def adam_rows_(
     counts = parallel(
         *(_adam_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
         *(flat(gradient.contiguous()), scratch(4, width, weight.dtype)),
-        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
+        rule,
     )
     if skipped is not None:
         skipped += sum(counts)
@@ -432,5 +438,6 @@ def catch_up_(
     parallel(
         *(_catch_up_loop, rows.size, 7 * width * weight.element_size(), rows),
         *(scratch(4, width, weight.dtype),),
-        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
+        rule,
     )

@@ -1,14 +1,16 @@
 """Reparameterise and KL on the CPU, forward and backward, for rows of a table or dense tensors.
 
-Forward, per row: z = μ + σε and KL = Σ ½(eᵗ − 1 − t + ((μ−m)/p)²) with t = log(σ²/p²), ε from Philox
-at (seed, b) unless it is given. Bytes a row of D dimensions: 2·D read, D + 1 written.
+Forward, per row: z = μ + σε and KL = Σ ½(eᵗ − 1 − t + ((μ−m)/p)²) with t = log(σ²/p²), ε from
+Philox at (seed, b) unless it is given. Bytes a row of D dimensions: 2·D read, D + 1 written.
 Backward: (∂μ, ∂log σ²) from ∂z, ∂KL, μ and log σ², with ε drawn again: 3·D + 1 read, 2·D written.
 
-The definition is ``fastlatent.reference``; the arguments are its arguments. A row is either row b of
-two dense arrays or, with an ``index``, the row index[b] of a table.
+The definition is ``fastlatent.reference``; the arguments are its arguments. A row is either row b
+of two dense arrays or, with an ``index``, the row index[b] of a table.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from fastlatent.kernels.cpu.compiled import (
     compiled,
     compute_type,
     flat,
+    inlined,
     load,
     parallel,
     prefetch_row,
@@ -26,35 +29,39 @@ from fastlatent.kernels.cpu.compiled import (
     scratch,
     store,
 )
+from fastlatent.kernels.cpu.elementary import exp, expm1
 from fastlatent.kernels.cpu.gather import out_of_range_error
-from fastlatent.kernels.cpu.philox import fill_normal
+from fastlatent.kernels.cpu.philox import NOISE_ROWS, fill_normal, noise_room
 
 WHOLE = np.empty(0, np.int64)
 
-_reparameterize = rule(rules.reparameterize)
-_twice_kl = rule(rules.twice_kl)
-_variational_gradient = rule(rules.variational_gradient)
+_reparameterize = rule(rules.reparameterize, exp=exp)
+_twice_kl = rule(rules.twice_kl, expm1=expm1)
+_variational_gradient = rule(rules.variational_gradient, exp=exp, expm1=expm1)
 
 
-@compiled
-def fill_noise(epsilon, noise, seed, sample, b):
-    columns = epsilon.size
+@inlined
+def fill_noise(block, words, lanes, noise, seed, sample, start, stop):
+    """Rows start … stop of ε, at most NOISE_ROWS of them, into ``block``."""
+    columns = block.shape[1]
     if not sample:
-        epsilon[:] = 0
+        block[:] = 0
     elif noise.size:
-        for d in range(columns):
-            epsilon[d] = load(noise[b * columns + d])
+        for b in range(start, stop):
+            for d in range(columns):
+                block[b - start, d] = load(noise[b * columns + d])
     else:
-        fill_normal(epsilon, seed, b)
+        fill_normal(block[: stop - start], words, lanes, seed, start)
 
 
-@compiled
+@inlined
 def _forward_row(b, mean, log_variance, epsilon, prior, z):
     """Writes row b of z and returns its KL; ``prior`` is [3, D]: m, 1/p, log p²."""
     columns, total = epsilon.size, 0.0
+    target = z[b * columns : (b + 1) * columns]
     for d in range(columns):
         mu, log_var = load(mean[d]), load(log_variance[d])
-        store(z, b * columns + d, _reparameterize(mu, log_var, epsilon[d]))
+        store(target, d, _reparameterize(mu, log_var, epsilon[d]))
         total += _twice_kl(mu, log_var, prior[0, d], prior[1, d], prior[2, d])
     return 0.5 * total
 
@@ -71,14 +78,16 @@ def _forward_loop(
     rows,
     work,
     prior,
+    words,
+    lanes,
     noise,
     seed,
     sample,
     z,
     kl,
 ):
-    epsilon = work[worker, 0]
-    columns = epsilon.size
+    block = work[worker]
+    columns = block.shape[1]
     gathered = index.size > 0
     for b in range(start, stop):
         if gathered and b + 16 < stop and 0 <= index[b + 16] < rows:
@@ -87,13 +96,17 @@ def _forward_loop(
         row = index[b] if gathered else b
         if row < 0 or row >= rows:
             return b
-        fill_noise(epsilon, noise, seed, sample, b)
+        slot = (b - start) % NOISE_ROWS
+        if slot == 0:
+            last = min(b + NOISE_ROWS, stop)
+            fill_noise(block, words[worker], lanes[worker], noise, seed, sample, b, last)
+        epsilon = block[slot]
         here = slice(row * stride, row * stride + columns)
         kl[b] = _forward_row(b, mean[here], log_variance[here], epsilon, prior, z)
     return -1
 
 
-@compiled
+@inlined
 def add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior):
     """Adds to g ``[2·D]`` the gradient of batch entry b."""
     columns = epsilon.size
@@ -125,6 +138,8 @@ def _backward_loop(
     stride,
     work,
     prior,
+    words,
+    lanes,
     noise,
     seed,
     sample,
@@ -135,16 +150,22 @@ def _backward_loop(
     grad_stride,
 ):
     columns = prior.shape[1]
-    g, epsilon = work[worker, 0], work[worker, 1, :columns]
+    g, block = work[worker, NOISE_ROWS], work[worker, :NOISE_ROWS, :columns]
     for b in range(start, stop):
         row = index[b] if index.size > 0 else b
         here = slice(row * stride, row * stride + columns)
-        fill_noise(epsilon, noise, seed, sample, b)
+        slot = (b - start) % NOISE_ROWS
+        if slot == 0:
+            last = min(b + NOISE_ROWS, stop)
+            fill_noise(block, words[worker], lanes[worker], noise, seed, sample, b, last)
+        epsilon = block[slot]
         g[:] = 0
         add_gradient(g, b, mean[here], log_variance[here], epsilon, grad_z, grad_kl, prior)
+        there = slice(b * grad_stride, b * grad_stride + columns)
         for d in range(columns):
-            store(grad_mean, b * grad_stride + d, g[d])
-            store(grad_log_variance, b * grad_stride + d, g[columns + d])
+            store(grad_mean[there], d, g[d])
+        for d in range(columns):
+            store(grad_log_variance[there], d, g[columns + d])
     return -1
 
 
@@ -156,10 +177,12 @@ def prior_rows(mean: Tensor, std: Tensor, columns: int, dtype: torch.dtype) -> n
 
 
 def draws(
-    noise: Tensor | None, seed: Tensor, sample: bool, like: Tensor
-) -> tuple[np.ndarray, np.uint64, bool]:
+    noise: Tensor | None, seed: Tensor, sample: bool, columns: int, like: Tensor
+) -> tuple[Any, ...]:
+    """What ``fill_noise`` needs: room for Philox, the given noise or none, the seed, ``sample``."""
     given = like.new_empty(0) if noise is None else noise.contiguous()
-    return flat(given.view(1, -1)), np.uint64(int(seed) & (2**64 - 1)), sample
+    number = np.uint64(int(seed) & (2**64 - 1))
+    return (*noise_room(columns, like.dtype), flat(given.view(1, -1)), number, sample)
 
 
 def forward(
@@ -179,8 +202,11 @@ def forward(
     wrong = parallel(
         *(_forward_loop, batch, 3 * columns * mean.element_size()),
         *(index, flat(mean), flat(log_variance), mean.stride(0), mean.shape[0]),
-        *(scratch(1, columns, mean.dtype), prior_rows(prior_mean, prior_std, columns, mean.dtype)),
-        *(*draws(noise, seed, sample, mean), flat(z), kl.numpy()),
+        *(
+            scratch(NOISE_ROWS, columns, mean.dtype),
+            prior_rows(prior_mean, prior_std, columns, mean.dtype),
+        ),
+        *(*draws(noise, seed, sample, columns, mean), flat(z), kl.numpy()),
     )
     for position in wrong:
         if position >= 0:
@@ -207,10 +233,10 @@ def backward(
         *(_backward_loop, grad_z.shape[0], 5 * columns * mean.element_size()),
         *(index, flat(mean), flat(log_variance), mean.stride(0)),
         *(
-            scratch(2, 2 * columns, mean.dtype),
+            scratch(NOISE_ROWS + 1, 2 * columns, mean.dtype),
             prior_rows(prior_mean, prior_std, columns, mean.dtype),
         ),
-        *draws(noise, seed, sample, mean),
+        *draws(noise, seed, sample, columns, mean),
         *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
         *(flat(grad_mean), flat(grad_log_variance), grad_mean.stride(0)),
     )

@@ -18,12 +18,13 @@ from fastlatent.kernels.cpu.adam import (
     check_range,
     distinct,
     make_rule,
-    make_tables,
     prefetch_tables,
+    table_arrays,
     update_row,
 )
 from fastlatent.kernels.cpu.compiled import compiled, flat, parallel, scratch
 from fastlatent.kernels.cpu.gather import index_array
+from fastlatent.kernels.cpu.philox import NOISE_ROWS
 from fastlatent.kernels.cpu.reparameterize import (
     WHOLE,
     add_gradient,
@@ -45,34 +46,50 @@ def _update_loop(
     order,
     work,
     prior,
+    words,
+    lanes,
     noise,
     noise_seed,
     sample,
     grad_z,
     grad_kl,
-    tables,
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    row_step,
+    history,
+    strides,
     rule,
 ):
     columns = prior.shape[1]
-    work = work[worker]
-    g, epsilon, memo, skipped = work[0], work[4, :columns], np.zeros(3), 0
+    g, w, m, v = work[worker, 0], work[worker, 1], work[worker, 2], work[worker, 3]
+    block, memo, skipped = work[worker, 4:, :columns], np.zeros(3), 0
     for k in range(start, stop):
         if k + 8 < stop:
-            prefetch_tables(tables, rows[k + 8], 2 * columns)
+            prefetch_tables(
+                rows[k + 8], 2 * columns, weight, exp_avg, exp_avg_sq, row_step, strides
+            )
         row = rows[k]
-        base = row * tables.weight_stride
-        mean = tables.weight[base : base + columns]
-        log_variance = tables.weight[base + columns : base + 2 * columns]
+        base = row * strides[0]
+        mean = weight[base : base + columns]
+        log_variance = weight[base + columns : base + 2 * columns]
         g[:] = 0
         begin, end = (k, k + 1) if order.size == 0 else (first[k], first[k + 1])
         for position in range(begin, end):
             b = position if order.size == 0 else order[position]
-            fill_noise(epsilon, noise, noise_seed, sample, b)
+            # without duplicates the rows come in the batch's order and their noise in blocks
+            slot = (k - start) % NOISE_ROWS if order.size == 0 else 0
+            if slot == 0:
+                last = min(b + NOISE_ROWS, stop) if order.size == 0 else b + 1
+                fill_noise(block, words[worker], lanes[worker], noise, noise_seed, sample, b, last)
+            epsilon = block[slot]
             add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior)
         if rule.gradient_scale != 1:
             for d in range(2 * columns):
                 g[d] *= rule.gradient_scale
-        if not update_row(row, work, memo, tables, rule):
+        if not update_row(
+            row, g, w, m, v, memo, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
+        ):
             skipped += 1
     return skipped
 
@@ -156,12 +173,13 @@ def variational_adam_rows_(
     counts = parallel(
         *(_update_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
         *(
-            scratch(5, width, weight.dtype),
+            scratch(4 + NOISE_ROWS, width, weight.dtype),
             prior_rows(prior_mean, prior_std, width // 2, weight.dtype),
         ),
-        *draws(noise, noise_seed, sample, weight),
+        *draws(noise, noise_seed, sample, width // 2, weight),
         *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
-        *(make_tables(weight, exp_avg, exp_avg_sq, row_step, history), rule),
+        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
+        rule,
     )
     if skipped is not None:
         skipped += sum(counts)
