@@ -131,9 +131,9 @@ class SparseAdam(Optimizer):
             table = tables.owner(param)
             if table is None:
                 continue
-            if table._link is not None:
+            if table._link is not None and table._link.optimizer is not self:
                 table._link.flush()
-                table._link = None
+            table._link = None
             if group["step_mode"] == "dense" or group["in_backward"]:
                 table._link = TableLink(self, group, param)
 

@@ -45,13 +45,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Numba, without the GIL, cached on disk where some cache folder is writable.
 
     Numba's cache knows a function by the file that it stands in. A loop also contains the rules and
-    helpers of other files, so its cache entry is stamped with all of them.
+    helpers of other files, so its cache entry is named after the contents of all of them.
     """
     try:
         loop = njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
         return njit(**_OPTIONS)(function)
-    loop._cache._cache_file._source_stamp = _sources()
+    cache, digest = loop._cache, _sources()
+    name = f"{cache._impl.filename_base}-{digest[:16]}"
+    cache._cache_file = type(cache._cache_file)(cache._cache_path, name, digest)
     return loop
 
 

@@ -1,0 +1,99 @@
+"""Gather: out[b] = weight[index[b]], and zeros where index[b] is outside the table.
+
+The gradient of the table is ∂out itself, one row for each b, which needs no kernel. Bytes a row of D
+values: D read, D written. A program takes a block of columns of several rows; its loads are all in
+flight before the first store. An index outside [0, N) touches no memory and is counted.
+
+The definition is ``fastlatent.reference.gather``; the arguments are its arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlatent.kernels.launch import Launch, alignment, check_rows, tile
+
+_WIDEST_BLOCK = 2048
+
+
+@triton.jit
+def load_index(
+    index, slot, index_stride, batch, rows, out_of_range, part, ROWS: tl.constexpr
+):
+    """(row, inside) of the batch entries ``slot``; the program of part 0 counts those outside."""
+    here = slot < batch
+    row = tl.load(index + slot * index_stride, mask=here, other=0).to(tl.int64)
+    inside = here & (row >= 0) & (row < rows)
+    if out_of_range is not None:
+        pointer = out_of_range + tl.zeros([ROWS], tl.int32)
+        one = tl.full([ROWS], 1, tl.int64)
+        outside = here & ~inside & (part + tl.zeros([ROWS], tl.int32) == 0)
+        tl.atomic_add(pointer, one, mask=outside, sem="relaxed")
+    return row, inside
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "weight_stride"])
+def _gather_kernel(
+    out,  # [batch, COLUMNS]
+    weight,  # [rows, COLUMNS]
+    index,  # [batch]
+    out_of_range,
+    batch,
+    rows,
+    weight_stride,
+    index_stride,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = start + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    row, inside = load_index(index, slot, index_stride, batch, rows, out_of_range, part, ROWS)
+    offset = tl.multiple_of(row * weight_stride, ALIGN)
+    wanted = (column < COLUMNS)[None, :]
+    values = tl.load(
+        weight + offset[:, None] + column[None, :], mask=inside[:, None] & wanted, other=0
+    )
+    target = out + start * COLUMNS + (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
+    tl.store(target, values, mask=(slot < batch)[:, None] & wanted)
+
+
+def plan(out: Tensor, weight: Tensor, index: Tensor, out_of_range: Tensor | None) -> Launch:
+    columns = weight.shape[1]
+    rows, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight.element_size())
+    return Launch(
+        _gather_kernel,
+        (triton.cdiv(index.numel(), rows), triton.cdiv(columns, block)),
+        {
+            "out": out,
+            "weight": weight,
+            "index": index,
+            "out_of_range": out_of_range,
+            "batch": index.numel(),
+            "rows": weight.shape[0],
+            "weight_stride": weight.stride(0),
+            "index_stride": index.stride(0),
+            "COLUMNS": columns,
+            "ROWS": rows,
+            "BLOCK": block,
+            "ALIGN": alignment(columns, weight),
+        },
+        warps,
+        weight.device,
+    )
+
+
+def gather(weight: Tensor, index: Tensor, out_of_range: Tensor | None) -> Tensor:
+    """Rows ``weight[index]`` ``[B, W]``; zeros, counted in ``out_of_range``, outside the table."""
+    check_rows(weight=weight)
+    index = index.reshape(-1)
+    out = torch.empty(index.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        plan(out, weight, index, out_of_range).run()
+    return out

@@ -1,0 +1,124 @@
+"""How the Triton kernels are launched: the table of frozen configurations, and one launch as data.
+
+A launch is a value before it runs, so that ``benchmarks.codegen`` compiles and inspects exactly what
+runs. Nothing is tuned at run time. The configurations follow from the generated code (registers,
+bytes in flight); they are not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WARP = 32
+_LARGEST_TILE = 16384
+
+
+class _Configuration(NamedTuple):
+    """A program's warps, and how many 16-byte vectors of each table a thread takes."""
+
+    warps: int
+    vectors: int
+
+
+# kernel: the itemsize of the table in bytes: its configuration, for any number of columns
+CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
+    "gather": {size: _Configuration(4, 4) for size in (2, 4, 8)},
+    "adam": {2: _Configuration(4, 1), 4: _Configuration(4, 2)},
+    "reparameterize": {2: _Configuration(4, 2), 4: _Configuration(4, 4)},
+    "variational": {2: _Configuration(4, 1), 4: _Configuration(4, 1)},
+}
+
+
+class Tile(NamedTuple):
+    """A program works on ``rows`` rows of ``block`` ≥ columns elements, a power of two."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def tile(kernel: str, columns: int, itemsize: int) -> Tile:
+    """The frozen configuration for rows of ``columns`` elements of ``itemsize`` bytes.
+
+    A wide row takes more warps and then more elements a thread, up to 16,384 columns.
+    """
+    warps, vectors = CONFIGURATIONS[kernel][itemsize]
+    block = max(4, 1 << (columns - 1).bit_length())
+    if block > _LARGEST_TILE:
+        raise ValueError(
+            f"impl='triton' works on rows of at most {_LARGEST_TILE} columns; got {columns}"
+        )
+    elements = warps * _WARP * vectors * 16 // itemsize
+    while block > elements and warps < 32:
+        warps, elements = 2 * warps, 2 * elements
+    return Tile(max(1, elements // block), block, warps)
+
+
+def alignment(columns: int, *tables: Tensor) -> int:
+    """How many elements divide the start of every row: at most those in 16 bytes."""
+    elements = 16 // min(table.element_size() for table in tables)
+    strides = [columns, *(table.stride(0) for table in tables)]
+    while any(stride % elements for stride in strides):
+        elements //= 2
+    return elements
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, with its arguments and compile-time values by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    device: torch.device
+
+    def run(self) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self._run()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, **OPTIONS)
+
+
+# multiply-add in one instruction: what the error bounds in numerics.py allow, said explicitly
+# because its default differs between versions of Triton
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def host_or_device(number: Tensor | None) -> Any:
+    """A 0-dim tensor on the CPU as a number; one on the device stays where it is."""
+    if number is None or number.device.type != "cpu":
+        return number
+    return number.item()
+
+
+def signed(seed: int) -> int:
+    """A 64-bit seed as int64, the type in which the kernels take it."""
+    seed &= 2**64 - 1
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"impl='triton': {op} takes fp16, bf16 or fp32; got {dtype}. impl='reference' takes "
+            "fp64 on any device"
+        )
+
+
+def check_rows(**tables: Tensor) -> None:
+    """Raises ValueError where the columns of a row do not lie side by side."""
+    for name, table in tables.items():
+        if table.shape[1] > 1 and table.stride(1) != 1:
+            raise ValueError(
+                f"impl='triton' needs rows whose columns are contiguous; {name} has the strides "
+                f"{table.stride()}"
+            )

@@ -1,0 +1,258 @@
+"""What the Triton kernels compute with: the rules bound to Triton, and fp32 functions of known error.
+
+Triton's own ``exp``, ``log`` and ``sin`` are either approximate for large or small results or need
+a stack. The functions here use arithmetic only, so the interpreter runs them too. Largest errors, in
+units of 2⁻²⁴, over the arguments that the kernels give them (relative; for the sine and cosine
+absolute): ``expm1`` 2.1, ``log`` 2.2, ``turn`` 3.7. On NVIDIA, ``exp`` adds its hardware ``ex2``
+(2⁻²² relative) to one of 2⁻²⁴. Range reduction for exp and expm1 after Cody and Waite 1980; the
+coefficients are minimax fits.
+
+Noise: one Philox4x32-10 call (Salmon et al. 2011) gives four 32-bit words, two pairs of Box and Muller.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fastlatent._impl import interpreting
+from fastlatent.kernels import rules
+
+def constant(value: float) -> Any:
+    """A number that kernels know as a global: wrapped for the compiler, bare for the interpreter."""
+    return value if interpreting() else tl.constexpr(value)
+
+
+INTERPRETED = constant(interpreting())
+BFLOAT16, FLOAT16 = constant(1), constant(2)
+
+
+@triton.jit
+def expm1(x):
+    """eˣ − 1 for any x; ±inf and NaN keep their meaning."""
+    x = tl.clamp(x, -87.0, 89.0, propagate_nan=tl.PropagateNan.ALL)
+    # adding 1.5·2²³ rounds to an integer and leaves that integer in the low bits
+    shifted = x * 1.4426950408889634 + 12582912.0
+    n = shifted - 12582912.0
+    f = x - n * 0.693359375
+    f = f + n * 2.12194440e-4
+    p = f * 1.3882516650483012e-3 + 8.366547524929047e-3
+    p = p * f + 4.166720062494278e-2
+    p = p * f + 0.1666654348373413
+    p = p * f + 0.4999999701976776
+    p = p * f * f + f
+    # half of 2ⁿ, which is finite up to the largest result
+    bits = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F000000
+    half = bits.to(tl.float32, bitcast=True)
+    half_result = half * p + (half - 0.5)
+    return half_result + half_result
+
+
+@triton.jit
+def exp(x):
+    """eˣ for a finite x or NaN; what x·log₂e loses to rounding, which grows with x, is made good."""
+    power = x * 1.4426950216293335
+    rest = tl.fma(x, 1.4426950216293335, -power) + x * 1.9259629911e-8
+    return tl.exp2(power) * (rest * 0.6931471805599453 + 1.0)
+
+
+@triton.jit
+def log(x):
+    """log x for a positive normal x."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F400000) & -0x800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    p = f * 5.413248762488365e-2 - 0.12067368626594543
+    p = p * f + 0.14983916282653809
+    p = p * f - 0.1682281196117401
+    p = p * f + 0.19977077841758728
+    p = p * f - 0.24993441998958588
+    p = p * f + 0.3333354890346527
+    p = p * f - 0.5000005960464478
+    p = p * f * f + f
+    return (exponent >> 23).to(tl.float32) * 0.6931471805599453 + p
+
+
+@triton.jit
+def _split(x):
+    """An fp64 x as high + low in fp32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def exp_wide(x):
+    """eˣ in fp32 for an fp64 x ≤ 0 (or near it)."""
+    high, low = _split(x)
+    return exp(tl.maximum(high, -100.0)) * (1.0 + low)
+
+
+@triton.jit
+def expm1_wide(x):
+    """eˣ − 1 in fp32 for an fp64 x ≤ 0."""
+    high, low = _split(x)
+    result = expm1(high)
+    return result + low * (1.0 + result)
+
+
+@triton.jit
+def double(high, low):
+    """The fp64 number that the host split in two: kernel arguments are fp32."""
+    return tl.to_tensor(high).to(tl.float64) + tl.to_tensor(low).to(tl.float64)
+
+
+@triton.jit
+def log_uniform(word):
+    """log((word + ½)/2³²); the fraction is rounded to fp32, which shows where it is nearly one."""
+    return log(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10)
+
+
+@triton.jit
+def turn(word):
+    """Sine and cosine of word/2³² of a full turn: both flip sign half a turn further on."""
+    flip = (word + 0x40000000) & 0x80000000
+    f = (word + word).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    square = f * f
+    p = square * 0.0772201269865036 - 0.5980451703071594
+    p = p * square + 2.5500314235687256
+    p = p * square - 5.1677069664001465
+    sine = (p * square + 3.141592502593994) * f
+    p = square * 0.2200806587934494 - 1.3320938348770142
+    p = p * square + 4.058451175689697
+    p = p * square - 4.934795379638672
+    cosine = p * square + 1.0
+    return _flipped(sine, flip), _flipped(cosine, flip)
+
+
+@triton.jit
+def _flipped(x, sign):
+    return (x.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt(x)
+
+
+@triton.jit
+def _floor(x):
+    return tl.floor(x)
+
+
+@triton.jit
+def _to_float(word):
+    return word.to(tl.float32)
+
+
+_NAMES = {
+    "tl": tl,
+    "sqrt": _sqrt,
+    "exp": exp,
+    "expm1": expm1,
+    "floor": _floor,
+    "to_float": _to_float,
+    "log_uniform": log_uniform,
+    "turn": turn,
+    "HALF": constant(0.5),
+    "MINUS_TWO": constant(-2.0),
+    "LOW_13": constant(0x1FFF),
+    "LOW_16": constant(0xFFFF),
+    "HIGH_16": constant(-0x10000),
+    "HIGH_19": constant(-0x2000),
+    "TO_QUANTA": constant(2.0**24),
+    "FROM_QUANTA": constant(2.0**-24),
+    "THIRTEENTH_BIT": constant(2.0**-13),
+}
+
+
+def _rule(function, **names):
+    return triton.jit(rules.bind(function, **{**_NAMES, **names}))
+
+
+adam_moments = _rule(rules.adam_moments)
+adam_step = _rule(rules.adam_step)
+adam_scales = _rule(rules.adam_scales, expm1=expm1_wide)
+sparse_adam_scales = _rule(rules.sparse_adam_scales, expm1=expm1_wide)
+reparameterize = _rule(rules.reparameterize)
+twice_kl = _rule(rules.twice_kl)
+variational_gradient = _rule(rules.variational_gradient)
+_box_muller = _rule(rules.box_muller)
+_round_to_bfloat16 = _rule(rules.round_to_bfloat16)
+_round_to_float16 = _rule(rules.round_to_float16)
+_round_to_subnormal_float16 = _rule(rules.round_to_subnormal_float16)
+
+
+@triton.jit
+def scalar(x):
+    """A number that the host gave, or that stands in a 0-dim tensor on the device."""
+    x = tl.to_tensor(x)
+    if x.dtype.is_ptr():  # noqa: SIM108
+        value = tl.load(x)
+    else:
+        value = x
+    return value
+
+
+@triton.jit
+def _interleave(first, second, third, fourth, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Four ``[ROWS, BLOCK/4]`` as one ``[ROWS, BLOCK]``: element 4·i + k is the k-th's element i."""
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [ROWS, BLOCK])
+
+
+@triton.jit
+def normals(seed, counter, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Standard normals ``[ROWS, BLOCK]`` for the int64 counters ``[ROWS, BLOCK/4]``."""
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    words = tl.philox(seed, low, high, zero, zero)
+    first, second = _box_muller(words[0], words[1])
+    third, fourth = _box_muller(words[2], words[3])
+    return _interleave(first, second, third, fourth, ROWS, BLOCK)
+
+
+@triton.jit
+def row_normals(seed, b, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``reference.normal`` of the batch entries b (int64 ``[ROWS]``)."""
+    counter = (b * ((COLUMNS + 3) // 4))[:, None] + tl.arange(0, BLOCK // 4)[None, :]
+    return normals(seed, counter, ROWS, BLOCK)
+
+
+@triton.jit
+def row_words(seed, row, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``reference.row_words`` of table rows (int64 ``[ROWS]``) at a step (``[ROWS]`` or scalar)."""
+    group = tl.arange(0, BLOCK // 4)[None, :].to(tl.uint32)
+    zero = tl.zeros([ROWS, BLOCK // 4], tl.uint32)
+    low = row.to(tl.uint32)[:, None] + zero
+    high = (row >> 32).to(tl.uint32)[:, None] + zero
+    time = (tl.zeros([ROWS], tl.uint32) + step.to(tl.uint32))[:, None] + zero
+    words = tl.philox(seed, low, high, time, group + zero)
+    return _interleave(words[0], words[1], words[2], words[3], ROWS, BLOCK)
+
+
+@triton.jit
+def dithered(x, words, DITHER: tl.constexpr):
+    """fp32 x rounded up or down at random to a bf16 or fp16 value (still in fp32)."""
+    bits = x.to(tl.int32, bitcast=True)
+    words = words.to(tl.int32, bitcast=True)
+    if DITHER == BFLOAT16:
+        rounded = _round_to_bfloat16(bits, words).to(tl.float32, bitcast=True)
+    else:
+        rounded = _round_to_float16(bits, words).to(tl.float32, bitcast=True)
+        small = _round_to_subnormal_float16(tl.abs(x), words)
+        small = tl.where(bits < 0, -small, small)
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, small, rounded)
+    return tl.where(x != x, x, rounded)
+
+
+@triton.jit
+def stored(x, DTYPE: tl.constexpr):
+    """fp32 x in the dtype of a table, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # the interpreter truncates where the hardware rounds
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x != x, x, nearest.to(tl.float32, bitcast=True))
+    return x.to(DTYPE)
