@@ -5,6 +5,9 @@ accumulation, ``zero_grad`` and GradScaler mean what they mean in PyTorch. With 
 ``InBackward`` sink the backward pass hands the gradient to the optimizer instead and the table gets
 none. The table is not saved for the backward pass: two lookups of one table, and an update between
 them, stay legal; the variational lookup, which reads the rows again, checks the table's version.
+
+Under ``torch.compile`` the Functions cannot be traced (sparse tensors, Python state), so there the
+same formulas are attached to ops of their own, whose forward and backward are one node each.
 """
 
 from __future__ import annotations
@@ -23,9 +26,59 @@ class Sink(Protocol):
 
     def begin(self) -> Any: ...
 
+    def traced(self) -> tuple[Any, ...]: ...
+
     def gather_backward(self, token: Any, index: Tensor, gradient: Tensor) -> None: ...
 
     def variational_backward(self, token: Any, index: Tensor, *arguments: Any) -> None: ...
+
+
+def gather(
+    weight: Tensor,
+    index: Tensor,
+    padding_idx: int | None,
+    out_of_range: Tensor | None,
+    sink: Sink | None,
+    impl: str,
+) -> Tensor:
+    """Rows ``weight[index]`` for a flat index."""
+    if not torch.compiler.is_compiling():
+        return Gather.apply(weight, index, padding_idx, out_of_range, sink, impl)
+    if padding_idx is not None:
+        raise RuntimeError("padding_idx is not supported under torch.compile")
+    _count_outside(index, weight.shape[0], out_of_range)
+    if sink is None or not torch.is_grad_enabled():
+        return _ops.lookup(weight, index, impl)
+    return _ops.lookup_update(weight, *sink.traced(), index, impl)
+
+
+def variational_gather(
+    weight: Tensor,
+    index: Tensor,
+    draw: tuple[Any, ...],
+    out_of_range: Tensor | None,
+    sink: Sink | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """z and KL of the rows ``weight[index]``; ``draw``: prior mean and std, seed, noise, sample."""
+    if not torch.compiler.is_compiling():
+        return VariationalGather.apply(weight, index, *draw, out_of_range, sink, impl)
+    _count_outside(index, weight.shape[0], out_of_range)
+    if sink is None or not torch.is_grad_enabled():
+        return _ops.variational_lookup(weight, index, *draw, impl)
+    return _ops.variational_lookup_update(weight, *sink.traced(), index, *draw, impl)
+
+
+def reparameterize_kl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """z and KL; the arguments are those of ``ReparameterizeKL.forward``."""
+    if not torch.compiler.is_compiling():
+        return ReparameterizeKL.apply(*arguments)
+    return _ops.reparameterize(*arguments)
+
+
+def _count_outside(index: Tensor, rows: int, out_of_range: Tensor | None) -> None:
+    if out_of_range is not None:
+        out_of_range.add_(((index < 0) | (index >= rows)).sum())
 
 
 def _sparse(index: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -132,3 +185,72 @@ class ReparameterizeKL(torch.autograd.Function):
             grad_z.contiguous(), grad_kl.contiguous(), *ctx.saved_tensors, True, ctx.impl
         )
         return (*gradients, *(None,) * 5)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.inputs = inputs
+
+
+def _lookup_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight, index, _ = ctx.inputs
+    return _sparse(index, gradient.contiguous(), weight.shape), None, None
+
+
+def _variational_lookup_backward(
+    ctx: Any, grad_z: Tensor, grad_kl: Tensor
+) -> tuple[Tensor | None, ...]:
+    weight, index, *draw, impl = ctx.inputs
+    rows = _ops.variational_gather_backward(
+        grad_z.contiguous(), grad_kl.contiguous(), weight.detach(), index, *draw, impl
+    )
+    return (_sparse(index, rows, weight.shape), *(None,) * 7)
+
+
+def _reparameterize_backward(
+    ctx: Any, grad_z: Tensor, grad_kl: Tensor
+) -> tuple[Tensor | None, ...]:
+    *operands, impl = ctx.inputs
+    gradients = _ops.reparameterize_kl_backward(
+        grad_z.contiguous(), grad_kl.contiguous(), *operands, True, impl
+    )
+    return (*gradients, *(None,) * 5)
+
+
+_STATE = 3  # exp_avg, exp_avg_sq, row_step
+
+
+def _split_update(update: list[Any]) -> tuple[list[Any], list[Any]]:
+    """State and options of an update; the table's own step count, if it has one, goes on."""
+    state, options = update[:_STATE], update[_STATE:]
+    if state[-1] is None:
+        options[0].add_(1)
+    return state, options
+
+
+def _lookup_update_backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+    weight, *update, index, impl = ctx.inputs
+    state, options = _split_update(update)
+    _ops.adam_rows_(weight.detach(), *state, index, gradient.contiguous(), *options, impl)
+    return (None,) * len(ctx.inputs)
+
+
+def _variational_lookup_update_backward(
+    ctx: Any, grad_z: Tensor, grad_kl: Tensor
+) -> tuple[None, ...]:
+    weight, *update, index, mean, std, seed, noise, sample, impl = ctx.inputs
+    state, options = _split_update(update)
+    _ops.variational_adam_rows_(
+        *(weight.detach(), *state, index, grad_z.contiguous(), grad_kl.contiguous()),
+        *(mean, std, seed, noise, sample, *options, impl),
+    )
+    return (None,) * len(ctx.inputs)
+
+
+for _op, _backward in (
+    ("lookup", _lookup_backward),
+    ("variational_lookup", _variational_lookup_backward),
+    ("reparameterize", _reparameterize_backward),
+    ("lookup_update", _lookup_update_backward),
+    ("variational_lookup_update", _variational_lookup_update_backward),
+):
+    torch.library.register_autograd(f"fastlatent::{_op}", _backward, setup_context=_keep_inputs)

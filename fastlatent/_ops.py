@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,33 +70,70 @@ def _implementation(op: str, impl: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), op)
 
 
-def _define(op: str, schema: str) -> Callable[..., Any]:
+def _define(op: str, schema: str, run: Callable[..., Any]) -> Callable[..., Any]:
     _library.define(f"{op}{schema.replace(') ->', ', str impl) ->', 1)}")
-
-    def run(*arguments: Any) -> Any:
-        return _implementation(op, arguments[-1])(*arguments[:-1])
-
     _library.impl(op, run, "CompositeExplicitAutograd")
     return getattr(torch.ops.fastlatent, op).default
 
 
-gather = _define("gather", _OPS["gather"][1])
-adam_rows_ = _define("adam_rows_", _OPS["adam_rows_"][1])
-catch_up_ = _define("catch_up_", _OPS["catch_up_"][1])
-reparameterize_kl = _define("reparameterize_kl", _OPS["reparameterize_kl"][1])
-reparameterize_kl_backward = _define(
-    "reparameterize_kl_backward", _OPS["reparameterize_kl_backward"][1]
+def _define_kernel(op: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        return _implementation(op, arguments[-1])(*arguments[:-1])
+
+    return _define(op, _OPS[op][1], run)
+
+
+gather = _define_kernel("gather")
+adam_rows_ = _define_kernel("adam_rows_")
+catch_up_ = _define_kernel("catch_up_")
+reparameterize_kl = _define_kernel("reparameterize_kl")
+reparameterize_kl_backward = _define_kernel("reparameterize_kl_backward")
+variational_gather = _define_kernel("variational_gather")
+variational_gather_backward = _define_kernel("variational_gather_backward")
+variational_adam_rows_ = _define_kernel("variational_adam_rows_")
+
+# Differentiable ops for torch.compile; _autograd attaches their formulas. The ..._update ones take
+# the optimizer's state along, which their backward pass writes to.
+_TRACED_UPDATE = re.sub(r"\(\w!\)", "", _STATE.split(", ", 1)[1] + ", " + _UPDATE)
+
+lookup = _define(
+    "lookup",
+    "(Tensor weight, Tensor index) -> Tensor",
+    lambda weight, index, impl: gather(weight, index, None, impl),
 )
-variational_gather = _define("variational_gather", _OPS["variational_gather"][1])
-variational_gather_backward = _define(
-    "variational_gather_backward", _OPS["variational_gather_backward"][1]
+variational_lookup = _define(
+    "variational_lookup",
+    f"(Tensor weight, Tensor index, {_DRAW}) -> (Tensor, Tensor)",
+    lambda weight, index, *rest: variational_gather(weight, index, *rest[:-1], None, rest[-1]),
 )
-variational_adam_rows_ = _define("variational_adam_rows_", _OPS["variational_adam_rows_"][1])
+reparameterize = _define(
+    "reparameterize",
+    "(Tensor mean, Tensor log_variance, Tensor prior_mean, Tensor prior_std, Tensor seed, "
+    "Tensor? noise) -> (Tensor, Tensor)",
+    lambda *arguments: reparameterize_kl(*arguments[:-1], True, arguments[-1]),
+)
+lookup_update = _define(
+    "lookup_update",
+    f"(Tensor weight, {_TRACED_UPDATE}, Tensor index) -> Tensor",
+    lambda weight, *rest: gather(weight, rest[-2], None, rest[-1]),
+)
+variational_lookup_update = _define(
+    "variational_lookup_update",
+    f"(Tensor weight, {_TRACED_UPDATE}, Tensor index, Tensor prior_mean, Tensor prior_std, "
+    "Tensor noise_seed, Tensor? noise, bool sample) -> (Tensor, Tensor)",
+    lambda weight, *rest: variational_gather(weight, *rest[-7:-1], None, rest[-1]),
+)
 
 
 @torch.library.register_fake("fastlatent::gather")
-def _(weight: Tensor, index: Tensor, *_: Any) -> Tensor:
+@torch.library.register_fake("fastlatent::lookup")
+def _rows_like(weight: Tensor, index: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(index.numel(), weight.shape[1])
+
+
+@torch.library.register_fake("fastlatent::lookup_update")
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    return _rows_like(weight, rest[-2])
 
 
 @torch.library.register_fake("fastlatent::adam_rows_")
@@ -111,6 +149,7 @@ def _kl_like(rows: Tensor, batch: int) -> Tensor:
 
 
 @torch.library.register_fake("fastlatent::reparameterize_kl")
+@torch.library.register_fake("fastlatent::reparameterize")
 def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return mean.new_empty(mean.shape), _kl_like(mean, mean.shape[0])
 
@@ -121,9 +160,15 @@ def _(grad_z: Tensor, grad_kl: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 @torch.library.register_fake("fastlatent::variational_gather")
-def _(weight: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("fastlatent::variational_lookup")
+def _draw_like(weight: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch = index.numel()
     return weight.new_empty(batch, weight.shape[1] // 2), _kl_like(weight, batch)
+
+
+@torch.library.register_fake("fastlatent::variational_lookup_update")
+def _(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _draw_like(weight, rest[-7])
 
 
 @torch.library.register_fake("fastlatent::variational_gather_backward")

@@ -63,7 +63,7 @@ def reparameterize_kl(
     )
     seed = new_seed(generator)
     flat_noise = None if noise is None else noise.reshape(-1, dim)
-    z, kl = _autograd.ReparameterizeKL.apply(
+    z, kl = _autograd.reparameterize_kl(
         mean.reshape(-1, dim),
         log_variance.reshape(-1, dim),
         *(*prior, seed, flat_noise, resolve(impl, mean)),

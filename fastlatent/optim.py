@@ -137,6 +137,14 @@ class SparseAdam(Optimizer):
             if group["step_mode"] == "dense" or group["in_backward"]:
                 table._link = TableLink(self, group, param)
 
+    def _link(self, param: Tensor) -> TableLink:
+        table = tables.owner(param)
+        if table is None or table._link is None or table._link.optimizer is not self:
+            raise RuntimeError(
+                "SparseAdam(in_backward=True): the table has another optimizer now, or is gone"
+            )
+        return table._link
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -154,8 +162,8 @@ class SparseAdam(Optimizer):
         pending = []
         for group in self.param_groups:
             for param in group["params"]:
-                if isinstance(param.grad, AppliedGradient):
-                    tables.owner(param)._link.finish_step()  # type: ignore[union-attr]
+                if group["in_backward"]:
+                    self._link(param).finish_step()
                 elif param.grad is not None:
                     _check_gradient(param)
                     pending.append((group, param))
@@ -167,8 +175,8 @@ class SparseAdam(Optimizer):
         """Forgets the gradients; see ``torch.optim.Optimizer.zero_grad``."""
         for group in self.param_groups:
             for param in group["params"]:
-                if isinstance(param.grad, AppliedGradient):
-                    tables.owner(param)._link.forget()  # type: ignore[union-attr]
+                if group["in_backward"]:
+                    self._link(param).forget()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -212,6 +220,7 @@ class SparseAdam(Optimizer):
             for param in group["params"]:
                 if param in saved:
                     self.state[param] = _adopt(saved[param], param, group)
+            self._connect(group)
 
     def _state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -270,12 +279,12 @@ class SparseAdam(Optimizer):
         (op or _ops.adam_rows_)(
             *(param.detach(), state["exp_avg"], state["exp_avg_sq"], state.get("row_step")),
             *(index, *gradient, step, lr, state.get("history")),
-            *(getattr(self, "grad_scale", None), found_inf),
-            state["skipped"] if group["skip_nonfinite"] else None,
-            *(*group["betas"], group["eps"], group["weight_decay"], group["maximize"]),
-            *(group["step_mode"], group["projection"] or "none", group["radius"]),
-            *(_code_columns(param), group["seed"] if group["stochastic_rounding"] else None),
-            *(group["assume_unique"], resolve(group["impl"], param)),
+            *(
+                getattr(self, "grad_scale", None),
+                found_inf,
+                *_rule(group, state, _code_columns(param)),
+            ),
+            resolve(group["impl"], param),
         )
         torch.autograd.graph.increment_version(param)
 
@@ -345,15 +354,45 @@ class TableLink:
         self.outstanding: weakref.WeakSet[_Lookup] = weakref.WeakSet()
         self.deferred: list[tuple[Tensor, Tensor]] = []
         self.collecting = False
+        # what a traced lookup takes along; read from here because a trace cannot look it up
+        self.columns = _code_columns(param)
+        self.state = optimizer._state(group, param) if group["in_backward"] else {}
+        self.no_step = torch.zeros((), dtype=torch.int64)
+        self.compiled_lookup = False
 
     def sink(self) -> TableLink | None:
         return self if self.group["in_backward"] else None
 
-    @torch.no_grad()
+    def traced(self) -> tuple[Any, ...]:
+        """State and options of the update, as inputs of a graph that ``torch.compile`` traces."""
+        group = self.group
+        if not isinstance(group["lr"], Tensor):
+            raise RuntimeError(
+                "SparseAdam(in_backward=True) under torch.compile needs lr as a 0-dim tensor: a "
+                f"number would become part of the graph; got {group['lr']!r}"
+            )
+        if self.compiled_lookup:
+            raise RuntimeError(
+                "SparseAdam(in_backward=True) under torch.compile takes one lookup of a table "
+                "between two calls of step(): concatenate the indices"
+            )
+        self.compiled_lookup = True
+        state = self.state
+        step = state["step"] if group["step_mode"] == "global" else self.no_step
+        return (
+            *(state["exp_avg"], state["exp_avg_sq"], state.get("row_step")),
+            *(step, group["lr"], None, None, None, *_rule(group, state, self.columns)),
+        )
+
     def catch_up(self, index: Tensor) -> None:
-        if self.group["step_mode"] == "dense" and self.optimizer.state.get(self.param):
-            state = self.optimizer._state(self.group, self.param)
-            self.optimizer._catch_up(self.param, state, index, state["promised"])
+        if self.group["step_mode"] != "dense":
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError("step_mode='dense' is not supported under torch.compile")
+        if self.optimizer.state.get(self.param):
+            with torch.no_grad():
+                state = self.optimizer._state(self.group, self.param)
+                self.optimizer._catch_up(self.param, state, index, state["promised"])
 
     def flush(self) -> None:
         self.optimizer.flush()
@@ -390,11 +429,11 @@ class TableLink:
         if self.deferred:
             index, gradient = self.deferred.pop()
             self._apply(index, gradient)
-        self.collecting = False
+        self.collecting = self.compiled_lookup = False
 
     def forget(self) -> None:
         self.deferred.clear()
-        self.collecting = False
+        self.collecting = self.compiled_lookup = False
         self.param.grad = None
 
     def _last(self, lookup: _Lookup) -> bool:
@@ -430,6 +469,17 @@ class _Lookup:
     """Lives as long as the graph of one lookup, so that a dropped graph is not waited for."""
 
     used = False
+
+
+def _rule(group: dict[str, Any], state: dict[str, Any], columns: int) -> tuple[Any, ...]:
+    """The last arguments of ``adam_rows_``, from ``skipped`` to ``assume_unique``."""
+    return (
+        state["skipped"] if group["skip_nonfinite"] else None,
+        *(*group["betas"], group["eps"], group["weight_decay"], group["maximize"]),
+        *(group["step_mode"], group["projection"] or "none", group["radius"]),
+        *(columns, group["seed"] if group["stochastic_rounding"] else None),
+        group["assume_unique"],
+    )
 
 
 def _code_columns(param: Tensor) -> int:

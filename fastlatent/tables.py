@@ -121,7 +121,7 @@ class LatentTable(nn.Embedding):
 
     def forward(self, index: Tensor) -> Tensor:
         index = self._prepare(index)
-        codes = _autograd.Gather.apply(
+        codes = _autograd.gather(
             *(self.weight, index.reshape(-1), self.padding_idx, self.out_of_range),
             *(self._sink(), resolve(self.impl, self.weight)),
         )
@@ -272,11 +272,12 @@ class VariationalLatentTable(LatentTable):
                 f"noise must be {self.weight.dtype} of shape {list(shape)}; "
                 f"got {noise.dtype} of shape {list(noise.shape)}"
             )
-        z, kl = _autograd.VariationalGather.apply(
-            *(self.weight, index.reshape(-1), self.prior_mean, self.prior_std),
-            new_seed(generator),
-            None if noise is None else noise.reshape(-1, self.embedding_dim),
-            *(self.training, self.out_of_range, self._sink(), resolve(self.impl, self.weight)),
+        flat_noise = None if noise is None else noise.reshape(-1, self.embedding_dim)
+        z, kl = _autograd.variational_gather(
+            self.weight,
+            index.reshape(-1),
+            (self.prior_mean, self.prior_std, new_seed(generator), flat_noise, self.training),
+            *(self.out_of_range, self._sink(), resolve(self.impl, self.weight)),
         )
         return z.view(shape), kl.view(index.shape)
 
