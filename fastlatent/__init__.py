@@ -1,16 +1,79 @@
-"""fastlatent: train and query auto-decoders."""
+"""fastlatent: train and query auto-decoders.
+
+The core (tables, optimizer, functional) is imported with the package; models, data, inference and
+the comparison on first use, because they bring scikit-learn along.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fastlatent._impl import use_impl
 from fastlatent.functional import reparameterize_kl
 from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, VariationalLatentTable
 
+if TYPE_CHECKING:
+    from fastlatent.compare import Comparison, compare
+    from fastlatent.data import LatentData, batches, load_data, split
+    from fastlatent.inference import Fit, infer
+    from fastlatent.models import (
+        AutoDecoder,
+        AutoEncoder,
+        VariationalAutoDecoder,
+        VariationalAutoEncoder,
+    )
+    from fastlatent.networks import build_decoder, build_encoder
+    from fastlatent.training import fit
+
 __version__ = "0.1.0"
 
+_LAZY = {
+    "compare": ("Comparison", "compare"),
+    "data": ("LatentData", "batches", "load_data", "split"),
+    "inference": ("Fit", "infer"),
+    "models": (
+        "AutoDecoder",
+        "AutoEncoder",
+        "VariationalAutoDecoder",
+        "VariationalAutoEncoder",
+    ),
+    "networks": ("build_decoder", "build_encoder"),
+    "training": ("fit",),
+}
+_HOMES = {name: module for module, names in _LAZY.items() for name in names}
+
 __all__ = [
+    "AutoDecoder",
+    "AutoEncoder",
+    "Comparison",
+    "Fit",
+    "LatentData",
     "LatentTable",
     "SparseAdam",
+    "VariationalAutoDecoder",
+    "VariationalAutoEncoder",
     "VariationalLatentTable",
+    "batches",
+    "build_decoder",
+    "build_encoder",
+    "compare",
+    "fit",
+    "infer",
+    "load_data",
     "reparameterize_kl",
+    "split",
     "use_impl",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastlatent' has no attribute {name!r}")
+    module = importlib.import_module(f"fastlatent.{_HOMES[name]}")
+    # importing the module fastlatent.compare binds its name here, over the function's
+    globals().update({attribute: getattr(module, attribute) for attribute in _LAZY[_HOMES[name]]})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

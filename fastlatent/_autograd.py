@@ -49,7 +49,7 @@ def gather(
     _count_outside(index, weight.shape[0], out_of_range)
     if sink is None or not torch.is_grad_enabled():
         return _ops.lookup(weight, index, impl)
-    return _ops.lookup_update(weight, *sink.traced(), index, impl)
+    return _ops.lookup_update(*sink.traced(), index, impl)
 
 
 def variational_gather(
@@ -66,7 +66,7 @@ def variational_gather(
     _count_outside(index, weight.shape[0], out_of_range)
     if sink is None or not torch.is_grad_enabled():
         return _ops.variational_lookup(weight, index, *draw, impl)
-    return _ops.variational_lookup_update(weight, *sink.traced(), index, *draw, impl)
+    return _ops.variational_lookup_update(*sink.traced(), index, *draw, impl)
 
 
 def reparameterize_kl(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -228,19 +228,19 @@ def _split_update(update: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _lookup_update_backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-    weight, *update, index, impl = ctx.inputs
+    _, weight, *update, index, impl = ctx.inputs
     state, options = _split_update(update)
-    _ops.adam_rows_(weight.detach(), *state, index, gradient.contiguous(), *options, impl)
+    _ops.adam_rows_(weight, *state, index, gradient.contiguous(), *options, impl)
     return (None,) * len(ctx.inputs)
 
 
 def _variational_lookup_update_backward(
     ctx: Any, grad_z: Tensor, grad_kl: Tensor
 ) -> tuple[None, ...]:
-    weight, *update, index, mean, std, seed, noise, sample, impl = ctx.inputs
+    _, weight, *update, index, mean, std, seed, noise, sample, impl = ctx.inputs
     state, options = _split_update(update)
     _ops.variational_adam_rows_(
-        *(weight.detach(), *state, index, grad_z.contiguous(), grad_kl.contiguous()),
+        *(weight, *state, index, grad_z.contiguous(), grad_kl.contiguous()),
         *(mean, std, seed, noise, sample, *options, impl),
     )
     return (None,) * len(ctx.inputs)

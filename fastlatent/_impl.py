@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import os
@@ -14,7 +13,8 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("fastlatent_impl", default="auto")
+# a plain global, which torch.compile can read and guard; a ContextVar it cannot
+_forced = "auto"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,13 +32,14 @@ def use_impl(impl: str) -> Iterator[None]:
         ValueError: if ``impl`` is not one of these.
 
     An implementation that was asked for by name never falls back to another: what it cannot do
-    is an error of the call.
+    is an error of the call. The choice holds for all threads of the process.
     """
-    token = _forced.set(check_impl(impl))
+    global _forced
+    before, _forced = _forced, check_impl(impl)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def check_impl(impl: str) -> str:
@@ -51,7 +52,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
     """The name of the implementation that runs an op whose main operand is ``tensor``."""
     name = check_impl(impl)
     if name == "auto":
-        name = _forced.get()
+        name = _forced
     if name == "auto":
         if tensor.device.type == "cuda" and has_triton():
             return "triton"

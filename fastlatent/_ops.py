@@ -93,7 +93,9 @@ variational_gather_backward = _define_kernel("variational_gather_backward")
 variational_adam_rows_ = _define_kernel("variational_adam_rows_")
 
 # Differentiable ops for torch.compile; _autograd attaches their formulas. The ..._update ones take
-# the optimizer's state along, which their backward pass writes to.
+# the optimizer's state along, which their backward pass writes to, and in place of the weight an
+# alias without gradient beside a sentinel with one: torch < 2.12 refuses to let a graph's backward
+# pass write to a leaf.
 _TRACED_UPDATE = re.sub(r"\(\w!\)", "", _STATE.split(", ", 1)[1] + ", " + _UPDATE)
 
 lookup = _define(
@@ -114,14 +116,14 @@ reparameterize = _define(
 )
 lookup_update = _define(
     "lookup_update",
-    f"(Tensor weight, {_TRACED_UPDATE}, Tensor index) -> Tensor",
-    lambda weight, *rest: gather(weight, rest[-2], None, rest[-1]),
+    f"(Tensor sentinel, Tensor weight, {_TRACED_UPDATE}, Tensor index) -> Tensor",
+    lambda _, weight, *rest: gather(weight, rest[-2], None, rest[-1]),
 )
 variational_lookup_update = _define(
     "variational_lookup_update",
-    f"(Tensor weight, {_TRACED_UPDATE}, Tensor index, Tensor prior_mean, Tensor prior_std, "
-    "Tensor noise_seed, Tensor? noise, bool sample) -> (Tensor, Tensor)",
-    lambda weight, *rest: variational_gather(weight, *rest[-7:-1], None, rest[-1]),
+    f"(Tensor sentinel, Tensor weight, {_TRACED_UPDATE}, Tensor index, Tensor prior_mean, "
+    "Tensor prior_std, Tensor noise_seed, Tensor? noise, bool sample) -> (Tensor, Tensor)",
+    lambda _, weight, *rest: variational_gather(weight, *rest[-7:-1], None, rest[-1]),
 )
 
 
@@ -132,7 +134,7 @@ def _rows_like(weight: Tensor, index: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("fastlatent::lookup_update")
-def _(weight: Tensor, *rest: Any) -> Tensor:
+def _(sentinel: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _rows_like(weight, rest[-2])
 
 
@@ -167,7 +169,7 @@ def _draw_like(weight: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastlatent::variational_lookup_update")
-def _(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(sentinel: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _draw_like(weight, rest[-7])
 
 

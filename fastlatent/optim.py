@@ -358,6 +358,8 @@ class TableLink:
         self.columns = _code_columns(param)
         self.state = optimizer._state(group, param) if group["in_backward"] else {}
         self.no_step = torch.zeros((), dtype=torch.int64)
+        self.sentinel = torch.zeros((), device=param.device, requires_grad=True)
+        self.alias = param.detach()
         self.compiled_lookup = False
 
     def sink(self) -> TableLink | None:
@@ -376,10 +378,14 @@ class TableLink:
                 "SparseAdam(in_backward=True) under torch.compile takes one lookup of a table "
                 "between two calls of step(): concatenate the indices"
             )
+        for what in ("shape", "dtype", "device"):
+            if getattr(self.alias, what) != getattr(self.param, what):
+                raise RuntimeError(f"the table's {what} has changed: call step() or zero_grad()")
         self.compiled_lookup = True
         state = self.state
         step = state["step"] if group["step_mode"] == "global" else self.no_step
         return (
+            *(self.sentinel, self.alias),
             *(state["exp_avg"], state["exp_avg_sq"], state.get("row_step")),
             *(step, group["lr"], None, None, None, *_rule(group, state, self.columns)),
         )
@@ -429,12 +435,16 @@ class TableLink:
         if self.deferred:
             index, gradient = self.deferred.pop()
             self._apply(index, gradient)
-        self.collecting = self.compiled_lookup = False
+        self._renew()
 
     def forget(self) -> None:
         self.deferred.clear()
-        self.collecting = self.compiled_lookup = False
+        self._renew()
         self.param.grad = None
+
+    def _renew(self) -> None:
+        self.collecting = self.compiled_lookup = False
+        self.alias = self.param.detach()
 
     def _last(self, lookup: _Lookup) -> bool:
         """Whether no other lookup of this step can still bring a gradient for the table."""
