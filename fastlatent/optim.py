@@ -131,6 +131,7 @@ class SparseAdam(Optimizer):
             table = tables.owner(param)
             if table is None:
                 continue
+            tables.register(param, self)
             if table._link is not None and table._link.optimizer is not self:
                 table._link.flush()
             table._link = None
@@ -260,6 +261,21 @@ class SparseAdam(Optimizer):
                 state["skipped"] = torch.zeros((), dtype=torch.int64)
             state["skipped"] = state["skipped"].to(param.device)
         return state
+
+    def _resize(self, param: Tensor, rows: int, kept: Tensor | None) -> None:
+        """Follows a table whose rows change to ``rows``: ``kept`` of the old ones, or all."""
+        state = self.state.get(param)
+        if not state:
+            return
+        for name in ("exp_avg", "exp_avg_sq", "row_step"):
+            if name not in state:
+                continue
+            old = state[name] if kept is None else state[name][kept]
+            new = old.new_zeros(rows - old.shape[0], *old.shape[1:])
+            if name == "row_step" and "history" in state:
+                # a new row owes no steps of the time before it was there
+                new.fill_(int(state["step"]))
+            state[name] = torch.cat([old, new])
 
     def _update(
         self, group: dict[str, Any], param: Tensor, index: Tensor, *gradient: Any, op: Any = None

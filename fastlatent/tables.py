@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastlatent import _autograd
 from fastlatent._impl import check_impl, resolve
 from fastlatent.functional import new_seed, prior_tensor
+from fastlatent.reference import check_range
 
 if TYPE_CHECKING:
-    from fastlatent.optim import TableLink
+    from fastlatent.optim import SparseAdam, TableLink
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _owners = WeakTensorKeyDictionary()
+# the optimizers of a table's weight, whose state changes with its rows
+_optimizers = WeakTensorKeyDictionary()
 
 
 def owner(weight: Tensor) -> LatentTable | None:
@@ -25,6 +30,11 @@ def owner(weight: Tensor) -> LatentTable | None:
     reference = _owners.get(weight)
     table = None if reference is None else reference()
     return table if table is not None and table.weight is weight else None
+
+
+def register(weight: Tensor, optimizer: SparseAdam) -> None:
+    """Notes that ``optimizer`` keeps state for the rows of ``weight``."""
+    _optimizers.setdefault(weight, weakref.WeakSet()).add(optimizer)
 
 
 class LatentTable(nn.Embedding):
@@ -62,6 +72,7 @@ class LatentTable(nn.Embedding):
     """
 
     _link: TableLink | None = None
+    _ids: Ids | None = None
     out_of_range: Tensor | None
 
     def __init__(
@@ -109,6 +120,8 @@ class LatentTable(nn.Embedding):
         )
         self.register_buffer("out_of_range", None, persistent=False)
         self.register_state_dict_pre_hook(_before_state_dict)
+        self.register_state_dict_post_hook(_save_ids)
+        self.register_load_state_dict_pre_hook(_load_ids)
 
     @classmethod
     def from_pretrained(
@@ -139,12 +152,137 @@ class LatentTable(nn.Embedding):
         if self._link is not None:
             self._link.flush()
 
+    @property
+    def ids(self) -> list[int] | list[str] | None:
+        """The user's name of every row, integers or strings; saved with ``state_dict()``.
+
+        Setting it checks that there is one for each row and none twice (ValueError, TypeError).
+        """
+        return None if self._ids is None else list(self._ids.names)
+
+    @ids.setter
+    def ids(self, names: Iterable[int] | Iterable[str] | None) -> None:
+        new = None if names is None else Ids(names)
+        if new is not None and len(new.names) != self.num_embeddings:
+            raise ValueError(
+                f"ids must name all {self.num_embeddings} rows; got {len(new.names)} names"
+            )
+        self._ids = new
+
+    def rows(self, ids: Iterable[int] | Iterable[str]) -> Tensor:
+        """The rows that ``ids`` name, int64 ``[len(ids)]`` on the table's device.
+
+        Raises:
+            KeyError: for an id that no row has; names the first few.
+            ValueError: if the table has no ids.
+        """
+        if self._ids is None:
+            raise ValueError("the table has no ids: set table.ids first")
+        return torch.tensor(self._ids.rows(ids), dtype=torch.int64, device=self.weight.device)
+
+    @torch.no_grad()
+    def append(
+        self,
+        n: int | None = None,
+        codes: Tensor | None = None,
+        ids: Iterable[int] | Iterable[str] | None = None,
+    ) -> Tensor:
+        """Adds rows at the end; the parameter, its optimizers and their state go along.
+
+        The new rows have had no steps. ``weight`` stays the same ``nn.Parameter``.
+
+        Args:
+            n: how many rows; they start as a new table's. Or
+            codes: the new rows, ``[n, weight.shape[1]]``.
+            ids: their names; needed exactly where the table has ids.
+
+        Returns:
+            The new rows' numbers, int64 ``[n]``.
+
+        Raises:
+            ValueError, TypeError: for illegal arguments. RuntimeError: while a gradient is
+            pending. Nothing has changed then.
+        """
+        width = self.weight.shape[1]
+        if (n is None) == (codes is None):
+            raise ValueError("append takes either n or codes")
+        if codes is not None and (codes.dim() != 2 or codes.shape[1] != width):
+            raise ValueError(f"codes must be [n, {width}]; got {list(codes.shape)}")
+        count = len(codes) if codes is not None else n
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"n must be an integer of at least 0; got {n!r}")
+        names = self._new_names(count, ids)
+        self._check_idle()
+        new = self.weight.new_empty(count, width) if codes is None else codes.to(self.weight)
+        if codes is None:
+            self._draw(new)
+        first = self.num_embeddings
+        self._resize(torch.cat([self.weight.detach(), new]), None)
+        self._ids = names
+        return torch.arange(first, first + count, device=self.weight.device)
+
+    @torch.no_grad()
+    def delete(self, index: Tensor) -> Tensor:
+        """Removes the rows ``index`` (int32 or int64, any shape); the others close up in order.
+
+        The parameter, its optimizers, their state and the ids go along.
+
+        Returns:
+            The numbers that the remaining rows had before, int64: row r of the table now was row
+            ``kept[r]``.
+
+        Raises:
+            TypeError, IndexError: for an illegal index. RuntimeError: while a gradient is pending.
+            Nothing has changed then.
+        """
+        index = _check_index(index, self.weight).reshape(-1).long()
+        check_range(index, self.num_embeddings)
+        self._check_idle()
+        keep = torch.ones(self.num_embeddings, dtype=torch.bool, device=self.weight.device)
+        keep[index] = False
+        kept = keep.nonzero().squeeze(1)
+        if self.padding_idx is not None:
+            stays = bool(keep[self.padding_idx])
+            self.padding_idx = int(keep[: self.padding_idx].sum()) if stays else None
+        self._resize(self.weight.detach()[kept], kept)
+        if self._ids is not None:
+            self._ids = Ids([self._ids.names[row] for row in kept.tolist()])
+        return kept
+
+    def _new_names(self, count: int, ids: Iterable[Any] | None) -> Ids | None:
+        if (ids is None) != (self._ids is None):
+            raise ValueError(
+                "the table has ids: name the new rows with ids="
+                if ids is None
+                else "the table has no ids: set table.ids before rows with ids are appended"
+            )
+        if ids is None or self._ids is None:
+            return None
+        new = list(ids)
+        if len(new) != count:
+            raise ValueError(f"ids must name the {count} new rows; got {len(new)} names")
+        return Ids([*self._ids.names, *new])
+
+    def _check_idle(self) -> None:
+        if self.weight.grad is not None:
+            raise RuntimeError(
+                "the table has a gradient: call step() and zero_grad() before its rows change"
+            )
+        self.flush()
+
+    def _resize(self, rows: Tensor, kept: Tensor | None) -> None:
+        for optimizer in list(_optimizers.get(self.weight, ())):
+            optimizer._resize(self.weight, rows.shape[0], kept)
+        self.weight.data = rows
+        self.num_embeddings = rows.shape[0]
+        if self._link is not None:
+            self._link._renew()
+
+    def _draw(self, rows: Tensor) -> None:
+        rows.normal_()
+
     def _prepare(self, index: Tensor) -> Tensor:
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"index must be an int32 or int64 tensor; got {kind}")
-        if index.device != self.weight.device:
-            raise ValueError(f"index is on {index.device}, the table on {self.weight.device}")
+        index = _check_index(index, self.weight)
         if self.weight.is_cuda and self.out_of_range is None:
             self.out_of_range = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         if self._link is not None:
@@ -166,6 +304,51 @@ class LatentTable(nn.Embedding):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _owners[self.weight] = weakref.ref(self)
+
+
+def _check_index(index: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be an int32 or int64 tensor; got {kind}")
+    if index.device != weight.device:
+        raise ValueError(f"index is on {index.device}, the table on {weight.device}")
+    return index
+
+
+class Ids:
+    """Names of rows: all integers or all strings, none twice."""
+
+    def __init__(self, names: Iterable[Any]) -> None:
+        self.names = list(names)
+        for kind in (int, str):
+            if all(isinstance(name, kind) and not isinstance(name, bool) for name in self.names):
+                break
+        else:
+            raise TypeError("ids must be all integers or all strings")
+        self._rows = {name: row for row, name in enumerate(self.names)}
+        if len(self._rows) != len(self.names):
+            twice = [name for row, name in enumerate(self.names) if self._rows[name] != row]
+            raise ValueError(f"ids must not repeat; {twice[0]!r} does")
+
+    def rows(self, names: Iterable[Any]) -> list[int]:
+        names = list(names)
+        unknown = [name for name in names if name not in self._rows]
+        if unknown:
+            shown = ", ".join(repr(name) for name in unknown[:3])
+            raise KeyError(f"{len(unknown)} of {len(names)} ids are unknown: {shown}")
+        return [self._rows[name] for name in names]
+
+
+def _save_ids(table: LatentTable, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if table._ids is not None:
+        content = json.dumps(table._ids.names).encode()
+        state[prefix + "ids"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _load_ids(table: LatentTable, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    content = state.pop(prefix + "ids", None)
+    if content is not None:
+        table.ids = json.loads(bytes(content.cpu().numpy()))
 
 
 def _before_state_dict(table: LatentTable, *_: Any) -> None:
@@ -237,10 +420,17 @@ class VariationalLatentTable(LatentTable):
             "prior_mean": self.prior_mean,
             "prior_std": self.prior_std,
         }
-        shift, scale = (prior[name].to(self.weight) for name in ("prior_mean", "prior_std"))
-        with torch.no_grad():
-            self.mean.normal_().mul_(self.init_mean_std * scale).add_(shift)
-            self.log_variance.copy_(2 * scale.log() + self.init_log_variance)
+        self._fill(self.weight.detach(), prior["prior_mean"], prior["prior_std"])
+
+    def _draw(self, rows: Tensor) -> None:
+        self._fill(rows, self.prior_mean, self.prior_std)
+
+    @torch.no_grad()
+    def _fill(self, rows: Tensor, prior_mean: Tensor, prior_std: Tensor) -> None:
+        mean, log_variance = rows.chunk(2, 1)
+        scale = prior_std.to(rows)
+        mean.normal_().mul_(self.init_mean_std * scale).add_(prior_mean.to(rows))
+        log_variance.copy_(2 * scale.log() + self.init_log_variance)
 
     @property
     def mean(self) -> Tensor:
