@@ -13,7 +13,7 @@ from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, VariationalLatentTable
 
 if TYPE_CHECKING:
-    from fastlatent.compare import Comparison, compare
+    from fastlatent.comparison import Comparison, compare
     from fastlatent.data import LatentData, batches, load_data, split
     from fastlatent.inference import Fit, infer
     from fastlatent.models import (
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "compare": ("Comparison", "compare"),
+    "comparison": ("Comparison", "compare"),
     "data": ("LatentData", "batches", "load_data", "split"),
     "inference": ("Fit", "infer"),
     "models": (
@@ -69,10 +69,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastlatent' has no attribute {name!r}")
-    module = importlib.import_module(f"fastlatent.{_HOMES[name]}")
-    # importing the module fastlatent.compare binds its name here, over the function's
-    globals().update({attribute: getattr(module, attribute) for attribute in _LAZY[_HOMES[name]]})
-    return globals()[name]
+    value = getattr(importlib.import_module(f"fastlatent.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

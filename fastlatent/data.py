@@ -199,7 +199,7 @@ def load_data(
         ValueError: an unknown name, no samples, NaN or infinity, a folder or file that is not a
             data set, a file that cannot be read, images of different sizes without ``image_size``,
             and arguments out of range.
-        RuntimeError: a download that failed.
+        ConnectionError: a download that failed.
     """
     size = _checked_size(image_size)
     if channels not in (None, 1, 3):
@@ -603,7 +603,7 @@ def _load_torchvision(
         raise
     except Exception as error:  # each set fails in its own ways on a missing or damaged file
         if download:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"could not download {name} to {root} or read it: {error}"
             ) from error
         folder, wanted = _wanted_files(loader, root, part)

@@ -1130,14 +1130,14 @@ def test_download_only_when_allowed(server, tmp_path):
 def test_download_that_fails_is_passed_on(server, tmp_path):
     (server / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not what the checksum says")
     message = r"could not download MNIST to .*root or read it: .*t10k-labels(.|\n)*corrupted"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ConnectionError, match=message):
         load_data("mnist", root=tmp_path / "root", download=True)
 
 
 def test_download_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
-    with pytest.raises(RuntimeError, match=r"could not download MNIST(.|\n)*refused"):
+    with pytest.raises(ConnectionError, match=r"could not download MNIST(.|\n)*refused"):
         load_data("mnist", root=tmp_path, download=True)
 
 

@@ -1,0 +1,319 @@
+"""The command line. PyTorch is imported by the command that needs it: --help comes at once."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from contextlib import AbstractContextManager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from fastlatent.comparison import Comparison, ModelResult, Progress
+
+app = typer.Typer(
+    name="fastlatent",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `fastlatent` command."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastlatent {metadata.version('fastlatent')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastlatent(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train and query auto-decoders."""
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, MNIST, FashionMNIST, CIFAR10, SVHN or CelebA; a .npy or .npz file; or a "
+            "folder of images."
+        ),
+    ] = "digits",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
+    ] = False,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side that the images of a folder are brought to.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastlatent-compare"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 64,
+    latent_dim: Annotated[int, typer.Option(help="Dimensions of a code.")] = 8,
+    network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of decoder and encoder.")] = 2e-3,
+    code_lr: Annotated[
+        float, typer.Option(help="Learning rate of the auto-decoders' codes.")
+    ] = 0.1,
+    beta: Annotated[float, typer.Option(help="Weight of the variational models' KL.")] = 0.01,
+    test_fraction: Annotated[
+        float, typer.Option(help="Share of the samples that is held out.", show_default="1/6")
+    ] = 1 / 6,
+    seed: Annotated[int, typer.Option(help="Of split, weights, batches, noise and samples.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted comparison in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the comparison in --out.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(help="Threads to compute with; more pay for large networks only.")
+    ] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Train four models with the same decoder on the same data and compare them.
+
+    Auto-encoder, variational auto-encoder, auto-decoder and variational auto-decoder. Writes
+    comparison.json, report.html and figures/*.png into --out. Ctrl-C keeps the finished models.
+    """
+    console = Console(quiet=quiet)
+    view: Lines | Live = Live(console) if sys.stdout.isatty() else Lines(console)
+    try:
+        from fastlatent.comparison import compare
+
+        with view:
+            comparison = compare(
+                data,
+                out=out,
+                root=root,
+                download=download,
+                image_size=image_size,
+                test_fraction=test_fraction,
+                network=network,
+                hidden=None if hidden is None else _widths(hidden),
+                latent_dim=latent_dim,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                code_lr=code_lr,
+                beta=beta,
+                seed=seed,
+                threads=threads,
+                resume=resume,
+                overwrite=overwrite,
+                on_progress=view,
+            )
+    except KeyboardInterrupt:
+        _interrupted(context, out)
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
+        _fail(error)
+    _summary(console, comparison, out)
+
+
+class _Clock:
+    """Remaining time of the whole job, at the mean pace so far."""
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+
+    def left(self, done: float, total: float) -> float | None:
+        """Seconds, or None before anything is done."""
+        now = time.monotonic()
+        if self.start is None:
+            self.start = now
+        return (now - self.start) * (total - done) / done if done > 0 else None
+
+
+class Lines(AbstractContextManager["Lines"]):
+    """Progress as plain lines: start, quarters and end of every model."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.clock = _Clock()
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def __call__(self, step: Progress) -> None:
+        left = self.clock.left(step.done, step.total)
+        name = _name(step.model)
+        if step.stage == "training" and step.epoch == 0:
+            self._print(f"{name}: training, {step.epochs} epochs")
+        elif step.stage == "training":
+            if step.epoch % max(1, step.epochs // 4) == 0:
+                remaining = "" if left is None else f", {_duration(left)} left"
+                self._print(
+                    f"{name}: epoch {step.epoch} of {step.epochs}, error {step.mse:.3g}{remaining}"
+                )
+        elif step.stage == "inference":
+            self._print(f"{name}: encoding the held-out samples")
+        elif step.stage == "report":
+            self._print("drawing the report")
+        else:
+            self._print(f"{name}: {step.stage}, {_result(step.result)}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Live(AbstractContextManager["Live"]):
+    """Progress as a bar over the whole job, with a line above it for every finished model."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self.console = console
+        self.clock = _Clock()
+        self.bar: Bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}", style="cyan"),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self.task = self.bar.add_task("preparing", total=None, left="")
+
+    def __enter__(self) -> Live:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, step: Progress) -> None:
+        left = self.clock.left(step.done, step.total)
+        name = _name(step.model)
+        words = {
+            "training": f"{name}  epoch {step.epoch}/{step.epochs}",
+            "inference": f"{name}  encoding held-out samples",
+            "report": "drawing the report",
+        }
+        if step.result is not None:
+            kept = " (kept)" if step.stage == "kept" else ""
+            self.console.print(
+                f"[green]✓[/] {name:<25}{_result(step.result)}{kept}", highlight=False
+            )
+        self.bar.update(
+            self.task,
+            description=words.get(step.stage, name),
+            completed=step.done,
+            total=step.total or None,
+            left="" if left is None else f"{_duration(left)} left",
+        )
+
+
+def _summary(console: Console, comparison: Comparison, out: Path) -> None:
+    if console.quiet:
+        return
+    from fastlatent.figures import MODELS
+    from fastlatent.report import headline, table
+
+    lines = table(comparison)
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    grid.add_column("")
+    for look in MODELS.values():
+        grid.add_column(look.short, justify="right")
+    if console.width >= 120:
+        grid.add_column("", style="dim")
+    for line in lines:
+        cells = [f"[bold green]{text}[/]" if best else text for text, best in line.cells]
+        grid.add_row(line.name, *cells, *([line.explained] if console.width >= 120 else []))
+    console.print()
+    console.print(grid)
+    console.print()
+    console.print(headline(comparison), style="bold", highlight=False)
+    for name in ("report.html", "comparison.json"):
+        console.print(str(out / name), highlight=False, soft_wrap=True)
+
+
+def _result(result: ModelResult | None) -> str:
+    assert result is not None
+    return (
+        f"training error {result.train_mse:.3g}, unseen {result.test_mse:.3g}, "
+        f"{result.train_seconds:.1f} s"
+    )
+
+
+def _name(key: str) -> str:
+    return key.replace("_", " ").replace("auto", "auto-")
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}" if whole >= 60 else f"{whole} s"
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"hidden must be numbers such as 128,128; got {text!r}") from None
+
+
+def _interrupted(context: typer.Context, out: Path) -> NoReturn:
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not (out / "run.json").exists():
+        errors.print("interrupted before anything was written")
+    else:
+        from fastlatent.comparison import finished_models
+
+        finished = finished_models(out)
+        kept = ", ".join(map(_name, finished)) or "none"
+        errors.print(f"interrupted: {len(finished)} of 4 models are finished ({kept}) and kept")
+        errors.print(f"in {out}. To go on: {_resume_command(context)}", markup=False)
+    raise typer.Exit(130)
+
+
+def _resume_command(context: typer.Context) -> str:
+    """The command with the options that were given, but to resume."""
+    words = ["fastlatent", "compare"]
+    for parameter in context.command.params:
+        source: Any = context.get_parameter_source(parameter.name)
+        value = context.params.get(parameter.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.name in ("resume", "overwrite"):
+            continue
+        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join([*words, "--resume"])
+
+
+def _fail(error: Exception) -> NoReturn:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"error: {' '.join(text.split())}", style="red", markup=False
+    )
+    raise typer.Exit(2)
