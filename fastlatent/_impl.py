@@ -54,7 +54,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
     if name == "auto":
         name = _forced
     if name == "auto":
-        if tensor.device.type == "cuda" and has_triton():
+        if tensor.device.type == "cuda" and has_triton() and tensor.dtype != torch.float64:
             return "triton"
         return "cpu" if tensor.device.type == "cpu" and tensor.dtype in _DTYPES else "reference"
     if name == "cpu":

@@ -79,7 +79,7 @@ def compare(
             help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of decoder and encoder.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of decoder and encoder.")] = 1e-3,
     code_lr: Annotated[
         float, typer.Option(help="Learning rate of the auto-decoders' codes.")
     ] = 0.1,

@@ -192,7 +192,7 @@ def compare(
     latent_dim: int = 8,
     epochs: int = 200,
     batch_size: int = 64,
-    lr: float = 2e-3,
+    lr: float = 1e-3,
     code_lr: float = 0.1,
     beta: float = 0.01,
     seed: int = 0,
@@ -205,7 +205,9 @@ def compare(
 
     The four start from the same decoder weights, see the same training samples in the same batches
     and train for the same number of epochs; then each encodes the same held-out samples. Nothing is
-    chosen on the held-out samples. The same seed gives the same figures, times excepted, on the
+    chosen on the held-out samples: of lr = 1e-3 and 2e-3 the default is the one with which, on
+    validation samples taken from the training part of digits (three seeds), the auto-encoder has
+    the lower error. The same seed gives the same figures, times excepted, on the
     same machine; torch's global random state is left as it was.
 
     Args:

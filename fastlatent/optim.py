@@ -242,7 +242,9 @@ class SparseAdam(Optimizer):
             if state[name].device != param.device or state[name].dtype != dtype:
                 state[name] = state[name].to(param.device, dtype)
         counted = group["step_mode"] != "row"
-        home = param.device if group["capturable"] else torch.device("cpu")
+        # a GradScaler's found_inf lies on the device, and reading it there would wait for it
+        on_device = group["capturable"] or getattr(self, "found_inf", None) is not None
+        home = param.device if on_device else torch.device("cpu")
         if counted and not isinstance(state.get("step"), Tensor):
             state["step"] = torch.tensor(state.get("step", 0), dtype=torch.int64)
         if counted and state["step"].device != home:
