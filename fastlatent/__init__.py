@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         VariationalAutoEncoder,
     )
     from fastlatent.networks import build_decoder, build_encoder
+    from fastlatent.storage import load_model, save_model
     from fastlatent.training import fit
 
 __version__ = "0.1.0"
@@ -38,6 +39,8 @@ _LAZY = {
         "VariationalAutoEncoder",
     ),
     "networks": ("build_decoder", "build_encoder"),
+    "storage": ("load_model", "save_model"),
+    "priors": ("Ball", "Gaussian", "Sphere"),
     "training": ("fit",),
 }
 _HOMES = {name: module for module, names in _LAZY.items() for name in names}
@@ -45,11 +48,14 @@ _HOMES = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "AutoDecoder",
     "AutoEncoder",
+    "Ball",
     "Comparison",
     "Fit",
+    "Gaussian",
     "LatentData",
     "LatentTable",
     "SparseAdam",
+    "Sphere",
     "VariationalAutoDecoder",
     "VariationalAutoEncoder",
     "VariationalLatentTable",
@@ -60,7 +66,9 @@ __all__ = [
     "fit",
     "infer",
     "load_data",
+    "load_model",
     "reparameterize_kl",
+    "save_model",
     "split",
     "use_impl",
 ]

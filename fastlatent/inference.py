@@ -137,7 +137,8 @@ def infer(
             coordinates of a signed-distance decoder, say. decoder(z, *context) gets matching rows.
         latent_dim: D, needed where neither `codes`, `init` nor `decoder.latent_dim` tell it.
         method: "adam", or "lm" (Levenberg-Marquardt, for "mse" only): about a tenth of the steps
-            for small D, some of which cost D + 1 decodings.
+            for small D, some of which cost D + 1 decodings. The first "lm" call in a process takes
+            about a second more: torch compiles its forward-mode formulas.
         loss: "mse" (the **sum** of squared errors), "l1", "bernoulli" (probabilities),
             "bernoulli_logits", "laplacian_pyramid", "clamped_sdf", all sums over the observed
             dimensions (`fastlatent.losses`); or a function (prediction, target, mask) -> [B], where
@@ -148,8 +149,9 @@ def infer(
             `Gaussian` (default N(0, 1)), its weight β. The noise of a step is the same for all
             samples, so that none depends on its place in a batch.
         restarts: starts per sample, of which the one with the lowest objective is kept. Beyond the
-            first they are the next nearest codes, further draws from the prior, or the start plus
-            noise of the codes' spread; the draws are shared by all samples.
+            first they are the next nearest codes (also beside an earlier `Fit`, with `codes`),
+            further draws from the prior, or the start plus noise of the codes' spread; the draws
+            are shared by all samples.
         steps: at most so many a sample; 0 evaluates the start. Default 200, with "lm" 100.
         lr: Adam's rate in code units. Default 0.2 of the codes' standard deviation (of the
             prior's without `codes`, 0.2 without either; at a warm start the earlier rate).
