@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastlatent.cli_infer import infer
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -136,6 +138,9 @@ def compare(
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         _fail(error)
     _summary(console, comparison, out)
+
+
+app.command()(infer)
 
 
 class _Clock:

@@ -17,8 +17,10 @@ code shrinks with both and the rate must be rescaled by hand, a trap that the so
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -354,7 +356,12 @@ class _TableModel(LatentModel):
 
     def __init__(self, decoder: nn.Module, num_samples: int, latent_dim: int) -> None:
         super().__init__(decoder, latent_dim)
-        self.num_samples = _at_least_one("num_samples", num_samples)
+        _at_least_one("num_samples", num_samples)
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the table now, one for each sample."""
+        return self.table.num_embeddings
 
     @property
     def codes(self) -> Tensor:
@@ -413,6 +420,102 @@ class _TableModel(LatentModel):
         """
         self._check(x)
         return infer(self.decoder, x, mask, **{"codes": self.codes, **self._inference(), **options})
+
+    def extend(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        ids: Iterable[int] | Iterable[str] | None = None,
+        tune: int = 0,
+        data: Tensor | LatentData | None = None,
+        batch_size: int = 64,
+        lr: float = 2e-4,
+        code_lr: float = 1e-2,
+        seed: int = 0,
+        **options: Any,
+    ) -> Tensor:
+        """Take up new samples: encode them with the decoder frozen and append rows for them.
+
+        Without `tune` neither the decoder nor the code of any old sample changes. With it, decoder
+        and all codes are then trained together for that many epochs, the old samples among the new
+        ones in every epoch, so that the decoder learns the new ones without forgetting the old.
+        Where `data` does not give the old samples their place is taken by what the decoder made of
+        their codes before (pseudo-rehearsal; Robins 1995). So is that of unobserved values.
+
+        Args:
+            x: the new samples [B, *sample_shape]; NaN counts as not observed.
+            mask: bool, True where x is observed; broadcastable to x's shape.
+            ids: names of the new samples; needed exactly where `table.ids` is set.
+            tune: epochs of tuning over old and new samples.
+            data: all old samples in the order of their rows, if they are still there; with tune.
+            batch_size, lr, code_lr, seed: of tuning, see `fastlatent.fit`.
+            options: of `infer`; the prior is the model's, the start the nearest training code.
+
+        Returns:
+            The rows of the new samples, int64 [B].
+
+        Raises:
+            ValueError, TypeError: an illegal argument or id; a sample with nothing observed.
+            FloatingPointError: a new sample's loss, or the loss in tuning, is not finite.
+            KeyboardInterrupt: Ctrl-C.
+
+        After an error the model is as it was before. A gradient of the table is dropped.
+        """
+        _check_tuning(tune, data, self, batch_size, seed)
+        ids = None if ids is None else list(ids)
+        self._check(x)
+        self.table.weight.grad = None
+        self.table._new_names(len(x), ids)
+        fit = self._completed_fit(x, mask, options)
+        codes = [fit.latent]
+        if isinstance(self.table, VariationalLatentTable):
+            assert fit.log_variance is not None
+            codes.append(fit.log_variance)
+        rows = self.table.append(codes=torch.cat(codes, dim=1), ids=ids)
+        if tune:
+            observed = ~x.isnan() if mask is None else mask & ~x.isnan()
+            self._tune(
+                _Rehearsal(self, x.detach(), observed, data),
+                {"epochs": tune, "batch_size": batch_size, "lr": lr, "code_lr": code_lr}
+                | {"seed": seed},
+            )
+        return rows
+
+    def _completed_fit(self, x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Fit:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "infer was interrupted", RuntimeWarning)
+            fit = self.infer(x, mask, **options)
+        reasons = fit.reason
+        if "interrupted" in reasons:
+            raise KeyboardInterrupt
+        for reason, kind, words in (
+            ("unobserved", ValueError, "nothing is observed"),
+            ("nonfinite", FloatingPointError, "the loss is not finite"),
+        ):
+            if count := reasons.count(reason):
+                raise kind(
+                    f"{words} in {count} of the {len(x)} samples of x, the first of which is "
+                    f"number {reasons.index(reason)}"
+                )
+        return fit
+
+    def _tune(self, samples: _Rehearsal, options: dict[str, Any]) -> None:
+        # training imports this module
+        from fastlatent.training import fit
+
+        weight = self.table.weight.detach().clone()
+        try:
+            fit(self, LatentData(samples, name="old and new samples"), **options)
+        except BaseException:
+            self.table.weight.grad = None
+            with torch.no_grad():
+                self.table.weight.copy_(weight)
+            self.table.delete(torch.arange(samples.old, len(samples), device=weight.device))
+            self.decoder.load_state_dict(samples.decoder.state_dict())
+            raise
+        finally:
+            self.table.weight.grad = None
 
     def _network_parameters(self) -> Iterator[nn.Parameter]:
         own = {id(p) for p in self.table.parameters()}
@@ -624,6 +727,62 @@ class VariationalAutoDecoder(_TableModel):
 
     def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
         return self.prior_mean + self.prior_std * self._normal(n, generator)
+
+
+class _Rehearsal:
+    """Targets for tuning: old and new samples, and the decoder's own where they are not known."""
+
+    value_range = (-math.inf, math.inf)
+
+    def __init__(
+        self, model: _TableModel, x: Tensor, observed: Tensor, data: Tensor | LatentData | None
+    ) -> None:
+        self.shape = model.sample_shape
+        self.decoder = copy.deepcopy(model.decoder)
+        self.codes = model.codes.clone()
+        self.old = len(self.codes) - len(x)
+        self.x, self.observed, self.data = x, observed.expand_as(x), data
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        index = torch.from_numpy(rows).to(self.codes.device)
+        with _evaluating(self.decoder):
+            samples = self.decoder(self.codes[index])
+        old = index < self.old
+        if self.data is not None:
+            known = index[old]
+            given = (
+                self.data[known.to(self.data.device)]
+                if isinstance(self.data, Tensor)
+                else self.data.batch(known.cpu())
+            )
+            samples[old] = given.to(samples)
+        new = index[~old] - self.old
+        samples[~old] = torch.where(self.observed[new], self.x[new].to(samples), samples[~old])
+        return samples.float().cpu().numpy()
+
+
+def _check_tuning(
+    tune: int, data: Tensor | LatentData | None, model: _TableModel, batch_size: int, seed: int
+) -> None:
+    for name, value in (("tune", tune), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
+    _at_least_one("batch_size", batch_size)
+    if data is None:
+        return
+    if not tune:
+        raise ValueError("data, the old samples, is for tuning: pass tune=epochs too")
+    if not isinstance(data, Tensor | LatentData):
+        raise TypeError(f"data must be a tensor or a data set; got {type(data).__name__}")
+    shape = (len(data), *(data.shape[1:] if isinstance(data, Tensor) else data.sample_shape))
+    if shape != (model.num_samples, *model.sample_shape):
+        raise ValueError(
+            f"data must be the {model.num_samples} old samples of shape {model.sample_shape}; got "
+            f"shape {tuple(shape)}"
+        )
 
 
 def _filled(x: Tensor, mask: Tensor | None) -> Tensor:

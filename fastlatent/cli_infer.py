@@ -1,0 +1,208 @@
+"""The command `fastlatent infer`: options, progress, interruption."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from fastlatent.encode import Progress
+
+_WORDS = {"reading": "reading the data", "fitting": "fitting codes", "report": "writing results"}
+
+
+def infer(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a saved model.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A .npy file (NaN: not observed) or .npz file, a folder of images, or digits, "
+            "MNIST, FashionMNIST, CIFAR10, SVHN or CelebA.",
+        ),
+    ],
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A .npy file of bool in the data's shape, true where observed."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastlatent-infer"),
+    init: Annotated[
+        str | None,
+        typer.Option(help="nearest, mean, zeros or prior.", show_default="nearest, or the encoder"),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="adam or lm (Levenberg-Marquardt).", show_default="adam")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="At most so many a sample.", show_default="200, with lm 100")
+    ] = None,
+    restarts: Annotated[
+        int | None, typer.Option(help="Starts a sample; the best is kept.", show_default="1")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Adam's rate.", show_default="0.2 of the codes' standard deviation"),
+    ] = None,
+    tol: Annotated[
+        float | None,
+        typer.Option(help="Relative gain below which a sample stalls.", show_default="1e-3"),
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="AE and VAE: optimise the encoder's codes.")
+    ] = False,
+    chunk_size: Annotated[int, typer.Option(help="Samples fitted and stored together.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads to compute with.")] = 1,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
+    ] = False,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side that the images of a folder are brought to.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted work in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the results in --out.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Encode new samples with a saved model, from whatever part of them is observed.
+
+    Writes codes.npy, reconstructions.npy, status.csv, summary.json and report.html into --out.
+    Ctrl-C keeps the finished chunks; --resume goes on from there.
+    """
+    from fastlatent.cli import _fail
+
+    console = Console(quiet=quiet)
+    view: _Lines | _Live = _Live(console) if sys.stdout.isatty() else _Lines(console)
+    try:
+        from fastlatent.encode import encode
+
+        with view.shown():
+            summary = encode(
+                run,
+                data,
+                out=out,
+                mask=mask,
+                refine=refine,
+                init=init,
+                method=method,
+                steps=steps,
+                restarts=restarts,
+                lr=lr,
+                tol=tol,
+                chunk_size=chunk_size,
+                seed=seed,
+                device=device,
+                threads=threads,
+                resume=resume,
+                overwrite=overwrite,
+                root=root,
+                download=download,
+                image_size=image_size,
+                on_progress=view,
+            )
+    except KeyboardInterrupt:
+        _interrupted(context, out)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        _fail(error)
+    results = summary["results"]
+    reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in results["reasons"].items())
+    console.print(f"{results['samples']} samples: {reasons}", highlight=False, soft_wrap=True)
+    for name in ("observed", "missing"):
+        if (error := results[f"{name}_mse"]) is not None:
+            console.print(f"mean squared error of {name} values: {error:.3g}", highlight=False)
+    for name in ("report.html", "summary.json"):
+        console.print(str(out / name), highlight=False, markup=False, soft_wrap=True)
+
+
+class _Lines:
+    """Progress as plain lines: each stage, and fitting in tenths."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stage, self.tenth = "", -1
+
+    def shown(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def __call__(self, step: Progress) -> None:
+        tenth = 10 * step.done // step.total
+        if step.stage == self.stage and (step.stage != "fitting" or tenth == self.tenth):
+            return
+        self.stage, self.tenth = step.stage, tenth
+        done = f": {step.done} of {step.total} samples" if step.stage == "fitting" else ""
+        self.console.print(f"{_WORDS[step.stage]}{done}", highlight=False)
+
+
+class _Live:
+    """Progress as a bar."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        self.bar: Bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            Remaining(),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self.tasks: dict[str, Any] = {}
+
+    def shown(self) -> AbstractContextManager[object]:
+        return self.bar
+
+    def __call__(self, step: Progress) -> None:
+        if step.stage not in self.tasks:
+            self.tasks[step.stage] = self.bar.add_task(_WORDS[step.stage], total=step.total)
+        self.bar.update(self.tasks[step.stage], completed=step.done)
+
+
+def _interrupted(context: typer.Context, out: Path) -> NoReturn:
+    from fastlatent.encode import finished_samples
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    kept = finished_samples(out)
+    if kept is None:
+        errors.print("interrupted before anything was written")
+    else:
+        errors.print(
+            f"interrupted: {kept[0]} of {kept[1]} samples are finished and kept", markup=False
+        )
+        errors.print(f"in {out}. To go on: {_resume_command(context)}", markup=False)
+    raise typer.Exit(130)
+
+
+def _resume_command(context: typer.Context) -> str:
+    """The command with the arguments and options that were given, but to resume."""
+    words = ["fastlatent", "infer"]
+    for parameter in context.command.params:
+        source: Any = context.get_parameter_source(parameter.name)
+        value = context.params.get(parameter.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.name in ("resume", "overwrite"):
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        else:
+            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join([*words, "--resume"])
