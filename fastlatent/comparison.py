@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from fastlatent.models import (
     VariationalAutoEncoder,
 )
 from fastlatent.networks import build_decoder, build_encoder
+from fastlatent.storage import save_model
 from fastlatent.training import History, fit
 
 SHOWN = 10
@@ -313,7 +315,7 @@ def compare(
                 torch.manual_seed(seed)
                 results[key] = _measure(model, train, test, history, seed)
             if folder is not None:
-                _keep(folder, key, results[key])
+                _keep(folder, key, results[key], model, train)
             steps.tell(key, "finished", epochs, result=results[key])
 
     comparison = Comparison(
@@ -644,6 +646,7 @@ def _open(
         for key in MODELS:
             _model_file(folder, key, "json").unlink(missing_ok=True)
             _model_file(folder, key, "safetensors").unlink(missing_ok=True)
+            shutil.rmtree(folder / "models" / key, ignore_errors=True)
     os.replace(ready, written)
     return kept
 
@@ -675,14 +678,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _keep(folder: Path, key: str, result: ModelResult) -> None:
+def _keep(
+    folder: Path, key: str, result: ModelResult, model: LatentModel, train: LatentData
+) -> None:
     """Store a finished model; its JSON file comes last and says that all is there."""
-    tensors = {f"weights.{name}": value.contiguous() for name, value in result.weights.items()}
-    for name, value in result.pictures.items():
-        tensors[f"pictures.{name}"] = torch.from_numpy(np.ascontiguousarray(value))
-    # a tensor that shares its storage with another is refused by safetensors
-    tensors = {name: value.clone() for name, value in tensors.items()}
-    _write(_model_file(folder, key, "safetensors"), safetensors.save(tensors))
+    save_model(model, folder / "models" / key, data=train, overwrite=True)
+    pictures = {
+        name: torch.from_numpy(np.ascontiguousarray(value))
+        for name, value in result.pictures.items()
+    }
+    _write(_model_file(folder, key, "safetensors"), safetensors.save(pictures))
     _write(_model_file(folder, key, "json"), _json(result.to_json()))
 
 
@@ -690,12 +695,12 @@ def _kept(folder: Path, key: str) -> ModelResult:
     file = _model_file(folder, key, "json")
     try:
         figures = json.loads(file.read_text())
-        tensors = safetensors.load_file(_model_file(folder, key, "safetensors"))
-        parts: dict[str, dict[str, Any]] = {"weights": {}, "pictures": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value if part == "weights" else value.numpy()
-        return ModelResult(**figures, **parts)
+        pictures = safetensors.load_file(_model_file(folder, key, "safetensors"))
+        return ModelResult(
+            **figures,
+            weights=safetensors.load_file(folder / "models" / key / "model.safetensors"),
+            pictures={name: value.numpy() for name, value in pictures.items()},
+        )
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(
             f"the {MODELS[key].name} in {str(file.parent)!r} is damaged ({error}): delete "

@@ -90,6 +90,8 @@ def fit(
                 on_epoch(epoch, history)
     finally:
         model.train(training)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
     return history
 
 

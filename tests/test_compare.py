@@ -110,6 +110,7 @@ def test_files(done):
         "report.html",
         "run.json",
         *(f"models/{key}.{end}" for key in KEYS for end in ("json", "safetensors")),
+        *(f"models/{key}/{name}" for key in KEYS for name in ("config.json", "model.safetensors")),
     }
     assert finished_models(out) == KEYS
 
