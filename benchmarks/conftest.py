@@ -94,7 +94,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for bench in session.benchmarks if session else ():
         for key, values in bench.extra_info.items():
             if isinstance(values, dict) and key != "quartiles_ms":
-                numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
                 terminalreporter.write_line(f"{bench.name} {key}: {numbers}")
 
 
