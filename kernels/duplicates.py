@@ -1,4 +1,4 @@
-"""Rows that stand in a batch several times: where each one's entries are, and their summed gradient.
+"""Rows that stand in a batch several times: where each one's entries are, and their sums.
 
 The batch's positions are sorted by row, stably, so that a row's entries form a run in the order in
 which they came. Every run is summed in a fixed order by the program that updates its row, and the
@@ -33,8 +33,8 @@ class Runs(NamedTuple):
 
     keys: Tensor  # [B], row numbers, sorted; those outside the table are the number of rows
     order: Tensor  # [B] int64, sorted position → batch entry
-    first: Tensor  # [B + 1] int64
-    count: Tensor  # 0-dim int64, the number of runs
+    first: Tensor  # [B + 1] int32
+    count: Tensor  # 0-dim int32, the number of runs
 
 
 @triton.jit(do_not_specialize=["batch", "rows"])
@@ -52,10 +52,10 @@ def _starts_kernel(first, count, keys, rank, batch, ROWS: tl.constexpr):
     key = tl.load(keys + slot, mask=here, other=0)
     before = tl.load(keys + slot - 1, mask=here & (slot > 0), other=-1)
     number = tl.load(rank + slot, mask=here, other=0)
-    tl.store(first + number, slot, mask=here & (key != before))
+    tl.store(first + number, slot.to(tl.int32), mask=here & (key != before))
     last = slot == batch - 1
-    tl.store(first + number + 1, slot + 1, mask=last)
-    tl.store(count + tl.zeros([ROWS], tl.int32), number + 1, mask=last)
+    tl.store(first + number + 1, (slot + 1).to(tl.int32), mask=last)
+    tl.store(count + tl.zeros([ROWS], tl.int32), (number + 1).to(tl.int32), mask=last)
 
 
 @triton.jit(do_not_specialize=["batch", "values_stride"])
@@ -73,7 +73,7 @@ def _chunks_kernel(
     ALIGN: tl.constexpr,
 ):
     """chunks[level, c] = the sum of chunk c of level LEVEL where one run covers it."""
-    chunk = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(0)
     start = chunk << (_SHIFT * LEVEL)
     inside_one_run = tl.load(keys + start) == tl.load(keys + start + (1 << (_SHIFT * LEVEL)) - 1)
     if inside_one_run:
@@ -88,16 +88,17 @@ def _chunks_kernel(
                 pointer = values + offset[:, None] + column[None, :]
             else:
                 row = _first_chunk(batch, LEVEL - 1) + member
-                pointer = chunks + (row * COLUMNS)[:, None] + column[None, :]
+                offset = tl.multiple_of(row.to(tl.int64) * COLUMNS, ALIGN)
+                pointer = chunks + offset[:, None] + column[None, :]
             total += tl.sum(tl.load(pointer, mask=wanted, other=0.0).to(tl.float32), axis=0)
-        target = chunks + (_first_chunk(batch, LEVEL) + chunk) * COLUMNS
+        target = chunks + (_first_chunk(batch, LEVEL) + chunk).to(tl.int64) * COLUMNS
         tl.store(target + column, total, mask=column < COLUMNS)
 
 
 @triton.jit
 def _first_chunk(batch, LEVEL: tl.constexpr):
     """The number of chunks of the levels below LEVEL."""
-    count = tl.to_tensor(batch).to(tl.int64) * 0
+    count = batch * 0
     for level in tl.static_range(1, LEVEL):
         count += batch >> (_SHIFT * level)
     return count
@@ -126,13 +127,14 @@ def sum_run(
     while tl.max(end - position, axis=0) > 0:
         for _ in tl.static_range(_UNROLL):
             left = position < end
-            length = tl.full([ROWS], 1, tl.int64)
-            chunk = tl.zeros([ROWS], tl.int64)
+            length = tl.full([ROWS], 1, tl.int32)
+            chunk = tl.zeros([ROWS], tl.int32)
             for level in tl.static_range(1, LEVELS + 1):
                 span = 1 << (_SHIFT * level)
-                fits = (position % span == 0) & (position + span <= end)
+                fits = (position & (span - 1) == 0) & (position + span <= end)
+                number = _first_chunk(batch, level) + (position >> (_SHIFT * level))
                 length = tl.where(fits, span, length)
-                chunk = tl.where(fits, _first_chunk(batch, level) + position // span, chunk)
+                chunk = tl.where(fits, number, chunk)
             single = left & (length == 1)
             entry = tl.load(order + position, mask=single, other=0)
             offset = tl.multiple_of(entry * values_stride, ALIGN)
@@ -142,7 +144,7 @@ def sum_run(
                 other=0.0,
             ).to(tl.float32)
             if LEVELS > 0:
-                offset = tl.multiple_of(chunk * COLUMNS, ALIGN)
+                offset = tl.multiple_of(chunk.to(tl.int64) * COLUMNS, ALIGN)
                 term += tl.load(
                     chunks + offset[:, None] + column[None, :],
                     mask=(left & (length > 1))[:, None] & wanted,
@@ -156,6 +158,8 @@ def sum_run(
 def find_runs(index: Tensor, rows: int) -> Runs:
     """Sorts a batch of row numbers; on the device, and without waiting for it."""
     batch = index.numel()
+    if batch >= 2**31:
+        raise ValueError(f"a batch holds fewer than 2**31 rows; got {batch}")
     # half the passes of a radix sort, wherever the row numbers allow it
     keys = torch.empty(
         batch, dtype=torch.int32 if rows < 2**31 - 1 else torch.int64, device=index.device
@@ -167,8 +171,8 @@ def find_runs(index: Tensor, rows: int) -> Runs:
     keys, order = torch.sort(keys, stable=True)
     rank = torch.zeros(batch, dtype=torch.int64, device=index.device)
     torch.cumsum(keys[1:] != keys[:-1], 0, out=rank[1:])
-    first = torch.empty(batch + 1, dtype=torch.int64, device=index.device)
-    count = torch.empty((), dtype=torch.int64, device=index.device)
+    first = torch.empty(batch + 1, dtype=torch.int32, device=index.device)
+    count = torch.empty((), dtype=torch.int32, device=index.device)
     arguments = {"first": first, "count": count, "keys": keys, "rank": rank, "batch": batch}
     Launch(_starts_kernel, grid, {**arguments, "ROWS": _BLOCK}, 4, index.device).run()
     return Runs(keys, order, first, count)
@@ -185,7 +189,7 @@ def levels(batch: int) -> int:
 def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor) -> list[Launch]:
     """The launches that sum the chunks, one for each size."""
     batch, columns = values.shape
-    rows, block, warps = tile("gather", min(columns, 2048), values.element_size())
+    rows, block, warps = tile("gather", min(columns, 2048), values)
     return [
         Launch(
             _chunks_kernel,

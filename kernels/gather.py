@@ -1,6 +1,6 @@
 """Gather: out[b] = weight[index[b]], and zeros where index[b] is outside the table.
 
-The gradient of the table is ∂out itself, one row for each b, which needs no kernel. Bytes a row of D
+The gradient of the table is ∂out itself, a row for each b, which needs no kernel. Bytes a row of D
 values: D read, D written. A program takes a block of columns of several rows; its loads are all in
 flight before the first store. An index outside [0, N) touches no memory and is counted.
 
@@ -20,19 +20,25 @@ _WIDEST_BLOCK = 2048
 
 
 @triton.jit
-def load_index(
-    index, slot, index_stride, batch, rows, out_of_range, part, ROWS: tl.constexpr
-):
-    """(row, inside) of the batch entries ``slot``; the program of part 0 counts those outside."""
-    here = slot < batch
+def first_of(start, batch, ROWS: tl.constexpr):
+    """Which of ROWS entries from ``start`` on are below ``batch``, compared in 32 bits."""
+    return tl.arange(0, ROWS) < tl.minimum(batch - start, ROWS).to(tl.int32)
+
+
+@triton.jit
+def load_index(index, slot, here, index_stride, rows):
+    """(row, inside the table) of the batch entries ``slot`` that are ``here``."""
     row = tl.load(index + slot * index_stride, mask=here, other=0).to(tl.int64)
-    inside = here & (row >= 0) & (row < rows)
-    if out_of_range is not None:
-        pointer = out_of_range + tl.zeros([ROWS], tl.int32)
-        one = tl.full([ROWS], 1, tl.int64)
-        outside = here & ~inside & (part + tl.zeros([ROWS], tl.int32) == 0)
-        tl.atomic_add(pointer, one, mask=outside, sem="relaxed")
+    inside = here & (row.to(tl.uint64, bitcast=True) < rows.to(tl.uint64))
     return row, inside
+
+
+@triton.jit
+def count(counter, which, ROWS: tl.constexpr):
+    """Adds the number of rows ``which`` to an int64 on the device, if there is one."""
+    if counter is not None:
+        one = tl.full([ROWS], 1, tl.int64)
+        tl.atomic_add(counter + tl.zeros([ROWS], tl.int32), one, mask=which, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "weight_stride"])
@@ -53,20 +59,22 @@ def _gather_kernel(
     start = tl.program_id(0).to(tl.int64) * ROWS
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = start + tl.arange(0, ROWS)
-    part = tl.program_id(1)
-    row, inside = load_index(index, slot, index_stride, batch, rows, out_of_range, part, ROWS)
+    here = first_of(start, batch, ROWS)
+    row, inside = load_index(index, slot, here, index_stride, rows)
+    first_part = tl.zeros([ROWS], tl.int32) + tl.program_id(1) == 0
+    count(out_of_range, here & ~inside & first_part, ROWS)
     offset = tl.multiple_of(row * weight_stride, ALIGN)
     wanted = (column < COLUMNS)[None, :]
     values = tl.load(
         weight + offset[:, None] + column[None, :], mask=inside[:, None] & wanted, other=0
     )
     target = out + start * COLUMNS + (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
-    tl.store(target, values, mask=(slot < batch)[:, None] & wanted)
+    tl.store(target, values, mask=here[:, None] & wanted)
 
 
 def plan(out: Tensor, weight: Tensor, index: Tensor, out_of_range: Tensor | None) -> Launch:
     columns = weight.shape[1]
-    rows, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight.element_size())
+    rows, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight)
     return Launch(
         _gather_kernel,
         (triton.cdiv(index.numel(), rows), triton.cdiv(columns, block)),

@@ -1,12 +1,13 @@
 """How the Triton kernels are launched: the table of frozen configurations, and one launch as data.
 
-A launch is a value before it runs, so that ``benchmarks.codegen`` compiles and inspects exactly what
-runs. Nothing is tuned at run time. The configurations follow from the generated code (registers,
-bytes in flight); they are not measured on a GPU.
+A launch is a value before it runs, so that ``benchmarks.codegen`` compiles and inspects exactly
+what runs. Nothing is tuned at run time. The configurations follow from the generated code
+(registers, bytes in flight); they are not measured on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ class _Configuration(NamedTuple):
     vectors: int
 
 
-# kernel: the itemsize of the table in bytes: its configuration, for any number of columns
+# kernel: the smallest itemsize of its tables in bytes: its configuration, for any width
 CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
     "gather": {size: _Configuration(4, 4) for size in (2, 4, 8)},
     "adam": {2: _Configuration(4, 1), 4: _Configuration(4, 2)},
     "reparameterize": {2: _Configuration(4, 2), 4: _Configuration(4, 4)},
-    "variational": {2: _Configuration(4, 1), 4: _Configuration(4, 1)},
+    "variational": {2: _Configuration(8, 1), 4: _Configuration(4, 1)},
 }
 
 
@@ -42,11 +43,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(kernel: str, columns: int, itemsize: int) -> Tile:
-    """The frozen configuration for rows of ``columns`` elements of ``itemsize`` bytes.
+def tile(kernel: str, columns: int, *tables: Tensor) -> Tile:
+    """The frozen configuration for rows of ``columns`` elements of each of ``tables``.
 
-    A wide row takes more warps and then more elements a thread, up to 16,384 columns.
+    The smallest element decides, so that 16 bytes of every table fall to one thread. A wide row
+    takes more warps and then more elements a thread, up to 16,384 columns.
     """
+    return _tile(kernel, columns, min(table.element_size() for table in tables))
+
+
+@functools.cache
+def _tile(kernel: str, columns: int, itemsize: int) -> Tile:
     warps, vectors = CONFIGURATIONS[kernel][itemsize]
     block = max(4, 1 << (columns - 1).bit_length())
     if block > _LARGEST_TILE:
@@ -60,12 +67,11 @@ def tile(kernel: str, columns: int, itemsize: int) -> Tile:
 
 
 def alignment(columns: int, *tables: Tensor) -> int:
-    """How many elements divide the start of every row: at most those in 16 bytes."""
+    """The largest power of two, at most 16 bytes of elements, that divides where a row starts."""
     elements = 16 // min(table.element_size() for table in tables)
-    strides = [columns, *(table.stride(0) for table in tables)]
-    while any(stride % elements for stride in strides):
-        elements //= 2
-    return elements
+    for table in tables:
+        columns |= table.stride(0)
+    return min(elements, columns & -columns)
 
 
 class Launch(NamedTuple):

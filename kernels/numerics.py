@@ -1,13 +1,12 @@
-"""What the Triton kernels compute with: the rules bound to Triton, and fp32 functions of known error.
+"""What the Triton kernels compute with: the rules bound to Triton, and fp32 functions.
 
-Triton's own ``exp``, ``log`` and ``sin`` are either approximate for large or small results or need
-a stack. The functions here use arithmetic only, so the interpreter runs them too. Largest errors, in
-units of 2⁻²⁴, over the arguments that the kernels give them (relative; for the sine and cosine
-absolute): ``expm1`` 2.1, ``log`` 2.2, ``turn`` 3.7. On NVIDIA, ``exp`` adds its hardware ``ex2``
-(2⁻²² relative) to one of 2⁻²⁴. Range reduction for exp and expm1 after Cody and Waite 1980; the
-coefficients are minimax fits.
+Triton's own ``exp``, ``log`` and ``sin`` are slow, need a stack or lose accuracy away from one. The
+functions here are plain arithmetic, so the interpreter runs them too. Largest errors in units of
+2⁻²⁴, over the arguments that the kernels give them: ``expm1`` 2.1, ``log`` 2.2 (relative), ``turn``
+3.7 (absolute); ``exp`` 1 and that of the hardware's ``ex2``, 4 on NVIDIA (relative). The range
+reduction of expm1 is Cody and Waite's (1980); the coefficients are minimax fits.
 
-Noise: one Philox4x32-10 call (Salmon et al. 2011) gives four 32-bit words, two pairs of Box and Muller.
+Noise: one Philox4x32-10 call (Salmon et al. 2011) gives four words, two pairs of Box and Muller.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ import triton.language as tl
 from fastlatent._impl import interpreting
 from fastlatent.kernels import rules
 
+
 def constant(value: float) -> Any:
-    """A number that kernels know as a global: wrapped for the compiler, bare for the interpreter."""
+    """A global number of kernels: wrapped for the compiler, bare for the interpreter."""
     return value if interpreting() else tl.constexpr(value)
 
 
@@ -52,7 +52,7 @@ def expm1(x):
 
 @triton.jit
 def exp(x):
-    """eˣ for a finite x or NaN; what x·log₂e loses to rounding, which grows with x, is made good."""
+    """eˣ for a finite x or NaN; makes good what x·log₂e loses to rounding, which grows with x."""
     power = x * 1.4426950216293335
     rest = tl.fma(x, 1.4426950216293335, -power) + x * 1.9259629911e-8
     return tl.exp2(power) * (rest * 0.6931471805599453 + 1.0)
@@ -100,7 +100,7 @@ def expm1_wide(x):
 @triton.jit
 def double(high, low):
     """The fp64 number that the host split in two: kernel arguments are fp32."""
-    return tl.to_tensor(high).to(tl.float64) + tl.to_tensor(low).to(tl.float64)
+    return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
 
 
 @triton.jit
@@ -134,6 +134,14 @@ def _flipped(x, sign):
 @triton.jit
 def _sqrt(x):
     return tl.sqrt(x)
+
+
+@triton.jit
+def root(x):
+    """√x for any x ≥ 0: the hardware's takes a subnormal x for 0, and a step may divide by it."""
+    small = x < 1.262177448e-29
+    y = tl.sqrt(tl.where(small, x * 18446744073709551616.0, x))
+    return tl.where(small, y * 2.3283064365386963e-10, y)
 
 
 @triton.jit
@@ -172,7 +180,7 @@ def _rule(function, **names):
 
 
 adam_moments = _rule(rules.adam_moments)
-adam_step = _rule(rules.adam_step)
+adam_step = _rule(rules.adam_step, sqrt=root)
 adam_scales = _rule(rules.adam_scales, expm1=expm1_wide)
 sparse_adam_scales = _rule(rules.sparse_adam_scales, expm1=expm1_wide)
 reparameterize = _rule(rules.reparameterize)
@@ -185,10 +193,19 @@ _round_to_subnormal_float16 = _rule(rules.round_to_subnormal_float16)
 
 
 @triton.jit
+def reciprocal(x):
+    """1/x to half a unit in the last place, nearly always, without the slow path of a division."""
+    y = 1.0 / x
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
 def scalar(x):
     """A number that the host gave, or that stands in a 0-dim tensor on the device."""
-    x = tl.to_tensor(x)
-    if x.dtype.is_ptr():  # noqa: SIM108
+    if isinstance(x, float):
+        # only the interpreter knows a kernel's float argument as one
+        value = tl.cast(x, tl.float32)
+    elif x.dtype.is_ptr():
         value = tl.load(x)
     else:
         value = x
@@ -197,8 +214,27 @@ def scalar(x):
 
 @triton.jit
 def _interleave(first, second, third, fourth, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Four ``[ROWS, BLOCK/4]`` as one ``[ROWS, BLOCK]``: element 4·i + k is the k-th's element i."""
+    """Four ``[ROWS, BLOCK/4]`` as one ``[ROWS, BLOCK]``, element i of the k-th at 4·i + k."""
     return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [ROWS, BLOCK])
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10: four uint32 words from an int64 seed and uint32 counters of one shape.
+
+    As ``tl.philox``, but with one wide multiplication where that has a high and a low one.
+    """
+    seed = seed.to(tl.int64)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        left = c0.to(tl.uint64) * 0xD2511F53
+        right = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (right >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (left >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = right.to(tl.uint32), left.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -207,7 +243,7 @@ def normals(seed, counter, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     low = counter.to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = low * 0
-    words = tl.philox(seed, low, high, zero, zero)
+    words = philox(seed, low, high, zero, zero)
     first, second = _box_muller(words[0], words[1])
     third, fourth = _box_muller(words[2], words[3])
     return _interleave(first, second, third, fourth, ROWS, BLOCK)
@@ -221,15 +257,30 @@ def row_normals(seed, b, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def row_words(seed, row, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``reference.row_words`` of table rows (int64 ``[ROWS]``) at a step (``[ROWS]`` or scalar)."""
-    group = tl.arange(0, BLOCK // 4)[None, :].to(tl.uint32)
+def _philox_words(seed, row, step, group, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     zero = tl.zeros([ROWS, BLOCK // 4], tl.uint32)
     low = row.to(tl.uint32)[:, None] + zero
     high = (row >> 32).to(tl.uint32)[:, None] + zero
     time = (tl.zeros([ROWS], tl.uint32) + step.to(tl.uint32))[:, None] + zero
-    words = tl.philox(seed, low, high, time, group + zero)
-    return _interleave(words[0], words[1], words[2], words[3], ROWS, BLOCK)
+    return philox(seed, low, high, time, group[None, :].to(tl.uint32) + zero)
+
+
+@triton.jit
+def row_words(seed, row, step, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``reference.row_words`` from column FIRST on, of table rows (int64 ``[ROWS]``) at a step."""
+    group = FIRST // 4 + tl.arange(0, BLOCK // 4)
+    a = _philox_words(seed, row, step, group, ROWS, BLOCK)
+    if FIRST % 4 == 0:
+        words = _interleave(a[0], a[1], a[2], a[3], ROWS, BLOCK)
+    else:
+        b = _philox_words(seed, row, step, group + 1, ROWS, BLOCK)
+        if FIRST % 4 == 1:
+            words = _interleave(a[1], a[2], a[3], b[0], ROWS, BLOCK)
+        elif FIRST % 4 == 2:
+            words = _interleave(a[2], a[3], b[0], b[1], ROWS, BLOCK)
+        else:
+            words = _interleave(a[3], b[0], b[1], b[2], ROWS, BLOCK)
+    return words
 
 
 @triton.jit
@@ -250,7 +301,7 @@ def dithered(x, words, DITHER: tl.constexpr):
 @triton.jit
 def stored(x, DTYPE: tl.constexpr):
     """fp32 x in the dtype of a table, to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # the interpreter truncates where the hardware rounds
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

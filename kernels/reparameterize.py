@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlatent.kernels.gather import load_index
+from fastlatent.kernels.gather import count, first_of, load_index
 from fastlatent.kernels.launch import (
     Launch,
     alignment,
     check_dtype,
-    check_rows,
     host_or_device,
     signed,
     tile,
@@ -31,6 +30,7 @@ from fastlatent.kernels.launch import (
 from fastlatent.kernels.numerics import (
     constant,
     log,
+    reciprocal,
     reparameterize,
     row_normals,
     scalar,
@@ -66,7 +66,7 @@ def load_prior(
     else:
         std = tl.load(prior_std + column, mask=column < COLUMNS, other=1.0)[None, :]
     mean, std = mean.to(tl.float32), std.to(tl.float32)
-    return mean, tl.div_rn(std * 0.0 + 1.0, std), 2.0 * log(std)
+    return mean, reciprocal(std), 2.0 * log(std)
 
 
 @triton.jit
@@ -122,21 +122,25 @@ def _forward_kernel(
     MEANS: tl.constexpr,
     STDS: tl.constexpr,
     SAMPLE: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
     column = tl.arange(0, BLOCK)
     wanted = (column < COLUMNS)[None, :]
     b = start + tl.arange(0, ROWS)
-    here = b < batch
+    here = first_of(start, batch, ROWS)
     if index is None:
         row, inside = b, here
     else:
-        row, inside = load_index(index, b, index_stride, batch, rows, out_of_range, 0, ROWS)
+        row, inside = load_index(index, b, here, index_stride, rows)
+        count(out_of_range, here & ~inside, ROWS)
     mask = inside[:, None] & wanted
     offset = tl.multiple_of(row * mean_stride, ALIGN)[:, None] + column[None, :]
     mu = tl.load(mean + offset, mask=mask, other=0.0).to(tl.float32)
-    offset = tl.multiple_of(row * log_variance_stride, ALIGN)[:, None] + column[None, :]
-    log_var = tl.load(log_variance + offset, mask=mask, other=0.0).to(tl.float32)
+    if not ONE_STRIDE:
+        offset = tl.multiple_of(row * log_variance_stride, ALIGN)[:, None] + column[None, :]
+    # a row outside the table has the mean 0 and no variance, so that its z is 0
+    log_var = tl.load(log_variance + offset, mask=mask, other=-1e4).to(tl.float32)
     m, inverse_std, log_prior = load_prior(prior_mean, prior_std, column, COLUMNS, MEANS, STDS)
     value = mu
     if SAMPLE != NO_NOISE:
@@ -145,8 +149,6 @@ def _forward_kernel(
             *(COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE),
         )
         value = reparameterize(mu, log_var, epsilon)
-    if index is not None:
-        value = tl.where(inside[:, None], value, 0.0)
     target = z + start * COLUMNS + (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
     tl.store(target, stored(value, z.dtype.element_ty), mask=here[:, None] & wanted)
     twice = twice_kl(mu, log_var, m, inverse_std, log_prior)
@@ -181,20 +183,22 @@ def _backward_kernel(
     MEANS: tl.constexpr,
     STDS: tl.constexpr,
     SAMPLE: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
     column = tl.arange(0, BLOCK)
     wanted = (column < COLUMNS)[None, :]
     b = start + tl.arange(0, ROWS)
-    here = b < batch
+    here = first_of(start, batch, ROWS)
     if index is None:
         row, inside = b, here
     else:
-        row, inside = load_index(index, b, index_stride, batch, rows, None, 0, ROWS)
+        row, inside = load_index(index, b, here, index_stride, rows)
     mask = inside[:, None] & wanted
     offset = tl.multiple_of(row * mean_stride, ALIGN)[:, None] + column[None, :]
     mu = tl.load(mean + offset, mask=mask, other=0.0).to(tl.float32)
-    offset = tl.multiple_of(row * log_variance_stride, ALIGN)[:, None] + column[None, :]
+    if not ONE_STRIDE:
+        offset = tl.multiple_of(row * log_variance_stride, ALIGN)[:, None] + column[None, :]
     log_var = tl.load(log_variance + offset, mask=mask, other=0.0).to(tl.float32)
     out = here[:, None] & wanted
     local = (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
@@ -247,7 +251,7 @@ def _plan(
 ) -> Launch:
     columns = mean.shape[1]
     batch = mean.shape[0] if index is None else index.numel()
-    rows, block, warps = tile("reparameterize", columns, mean.element_size())
+    rows, block, warps = tile("reparameterize", columns, mean)
     drawn = draw_arguments(*draw)
     given = [drawn["noise"]] if drawn["noise"] is not None else []
     results = [tensor for tensor in outputs.values() if tensor.dim() == 2]
@@ -266,6 +270,7 @@ def _plan(
             "index_stride": 1 if index is None else index.stride(0),
             "mean_stride": mean.stride(0),
             "log_variance_stride": log_variance.stride(0),
+            "ONE_STRIDE": mean.stride(0) == log_variance.stride(0),
             "COLUMNS": columns,
             "ROWS": rows,
             "BLOCK": block,
@@ -305,7 +310,11 @@ def plan_backward(
 
 
 def forward(
-    mean: Tensor, log_variance: Tensor, index: Tensor | None, out_of_range: Tensor | None, *draw: Any
+    mean: Tensor,
+    log_variance: Tensor,
+    index: Tensor | None,
+    out_of_range: Tensor | None,
+    *draw: Any,
 ) -> tuple[Tensor, Tensor]:
     """z and KL of the rows ``index`` of mean and log-variance, or of all of them."""
     batch = mean.shape[0] if index is None else index.numel()

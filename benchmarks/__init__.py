@@ -1,0 +1,1 @@
+"""Benchmarks, and what the kernels compile to; run from the repository root."""
