@@ -33,8 +33,9 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_measure
-from benchmarks.gpu_measure import Clock
-from benchmarks.gpu_sections import FULL, ROOT, SECTIONS, TINY, Context, device_name, run_section
+from benchmarks.gpu_context import FULL, ROOT, TINY, Context
+from benchmarks.gpu_programs import device_name
+from benchmarks.gpu_sections import SECTIONS, run_section
 
 _ALL_SECONDS = 570.0
 NOT_MEASURED = "not measured on a GPU"
@@ -58,7 +59,7 @@ def work(name: str, tiny: bool, seconds: float, target: Path, logs: Path | None)
     context = Context(
         TINY if tiny else FULL,
         device or torch.device("cpu"),
-        Clock(seconds),
+        gpu_measure.Clock(seconds),
         tiny,
         lambda: write(target, {"status": "unfinished", "result": context.result}),
         logs,

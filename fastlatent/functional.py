@@ -61,7 +61,7 @@ def reparameterize_kl(
         prior_tensor("prior_mean", prior_mean, dim, mean),
         prior_tensor("prior_std", prior_std, dim, mean),
     )
-    seed = new_seed(generator)
+    seed = new_seed(generator, mean.device)
     flat_noise = None if noise is None else noise.reshape(-1, dim)
     z, kl = _autograd.reparameterize_kl(
         mean.reshape(-1, dim),
@@ -71,9 +71,24 @@ def reparameterize_kl(
     return z.view(mean.shape), kl.view(mean.shape[:-1])
 
 
-def new_seed(generator: torch.Generator | None = None) -> Tensor:
-    """A 63-bit seed, 0-dim int64 on the generator's device."""
-    device = "cpu" if generator is None else generator.device
+def new_seed(
+    generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A 63-bit seed, 0-dim int64 on the generator's device.
+
+    ``device`` is where the noise is needed: while a CUDA graph is captured there, the seed comes
+    from that device's generator, so that every replay draws its own.
+    """
+    device = torch.device(device)
+    if generator is not None:
+        device = generator.device
+    elif (
+        device.type != "cuda"
+        or torch.compiler.is_compiling()
+        or not torch.cuda.is_initialized()
+        or not torch.cuda.is_current_stream_capturing()
+    ):
+        device = torch.device("cpu")
     return torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
 
 

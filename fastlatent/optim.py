@@ -187,8 +187,7 @@ class SparseAdam(Optimizer):
             for param in group["params"]:
                 if group["step_mode"] == "dense" and self.state.get(param):
                     state = self._state(group, param)
-                    for rows in torch.arange(param.shape[0], device=param.device).split(2**20):
-                        self._catch_up(param, state, rows, state["promised"])
+                    self._catch_up_all(param, state, state["promised"])
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; dense tables are brought up to date first."""
@@ -251,16 +250,18 @@ class SparseAdam(Optimizer):
             state["step"] = state["step"].to(home)
         if group["step_mode"] != "global":
             if "row_step" not in state:
-                state["row_step"] = torch.zeros(param.shape[0], dtype=torch.int32)
+                state["row_step"] = torch.zeros(
+                    param.shape[0], dtype=torch.int32, device=param.device
+                )
             state["row_step"] = state["row_step"].to(param.device)
         if group["step_mode"] == "dense":
             if "history" not in state:
-                state["history"] = torch.zeros(1024, 2, dtype=torch.float64)
+                state["history"] = torch.zeros(1024, 2, dtype=torch.float64, device=param.device)
             state["history"] = state["history"].to(param.device)
             state.setdefault("promised", {name: group[name] for name in _PROMISED})
         if group["skip_nonfinite"]:
             if "skipped" not in state:
-                state["skipped"] = torch.zeros((), dtype=torch.int64)
+                state["skipped"] = torch.zeros((), dtype=torch.int64, device=param.device)
             state["skipped"] = state["skipped"].to(param.device)
         return state
 
@@ -312,12 +313,7 @@ class SparseAdam(Optimizer):
         now = {name: group[name] for name in _PROMISED}
         if now != state["promised"]:
             before = {**state, "step": state["step"] - 1}
-            self._catch_up(
-                param,
-                before,
-                torch.arange(param.shape[0], device=param.device),
-                state["promised"],
-            )
+            self._catch_up_all(param, before, state["promised"])
             state["promised"] = now
         if step >= state["history"].shape[0]:
             state["history"] = torch.cat([state["history"], torch.zeros_like(state["history"])])
@@ -327,11 +323,19 @@ class SparseAdam(Optimizer):
             -rate * group["weight_decay"]
         )
 
+    def _catch_up_all(self, param: Tensor, state: dict[str, Any], promised: dict[str, Any]) -> None:
+        for start in range(0, param.shape[0], 2**20):
+            stop = min(start + 2**20, param.shape[0])
+            rows = torch.arange(start, stop, device=param.device)
+            self._catch_up(param, state, rows, promised)
+
     def _catch_up(
         self, param: Tensor, state: dict[str, Any], index: Tensor, promised: dict[str, Any]
     ) -> None:
+        # .data, whose version nobody checks: a row that is behind was read by no lookup that still
+        # needs it
         _ops.catch_up_(
-            *(param.detach(), state["exp_avg"], state["exp_avg_sq"], state["row_step"]),
+            *(param.data, state["exp_avg"], state["exp_avg_sq"], state["row_step"]),
             *(index.reshape(-1), state["step"], state["history"]),
             *(*promised["betas"], promised["eps"], promised["weight_decay"]),
             *(promised["projection"] or "none", promised["radius"], _code_columns(param)),
@@ -367,6 +371,8 @@ class AppliedGradient(torch.Tensor):
 class TableLink:
     """Connects a table's lookups with its optimizer, for ``"dense"`` and ``in_backward=True``."""
 
+    sentinel: Tensor | None = None
+
     def __init__(self, optimizer: SparseAdam, group: dict[str, Any], param: Tensor) -> None:
         self.optimizer, self.group, self.param = optimizer, group, param
         self.outstanding: weakref.WeakSet[_Lookup] = weakref.WeakSet()
@@ -376,8 +382,7 @@ class TableLink:
         self.columns = _code_columns(param)
         self.state = optimizer._state(group, param) if group["in_backward"] else {}
         self.no_step = torch.zeros((), dtype=torch.int64)
-        self.sentinel = torch.zeros((), device=param.device, requires_grad=True)
-        self.alias = param.detach()
+        self._renew()
         self.compiled_lookup = False
 
     def sink(self) -> TableLink | None:
@@ -463,6 +468,8 @@ class TableLink:
     def _renew(self) -> None:
         self.collecting = self.compiled_lookup = False
         self.alias = self.param.detach()
+        if self.sentinel is None or self.sentinel.device != self.param.device:
+            self.sentinel = torch.zeros((), device=self.param.device, requires_grad=True)
 
     def _last(self, lookup: _Lookup) -> bool:
         """Whether no other lookup of this step can still bring a gradient for the table."""

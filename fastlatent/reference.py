@@ -60,8 +60,9 @@ def philox(seed: int, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al. 2011): four 32-bit words, as int64, for each counter."""
     mask = 0xFFFFFFFF
     key = [seed & mask, (seed >> 32) & mask]
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
     first, second, third, fourth = torch.broadcast_tensors(
-        *(torch.as_tensor(word, dtype=torch.int64) & mask for word in counter)
+        *(torch.as_tensor(word, dtype=torch.int64, device=device) & mask for word in counter)
     )
     for _ in range(10):
         # int64 products wrap, and the high half of the unsigned product is what the mask keeps

@@ -119,6 +119,7 @@ class LatentTable(nn.Embedding):
             *(_weight, _freeze, device, dtype),
         )
         self.register_buffer("out_of_range", None, persistent=False)
+        self._place_counter()
         self.register_state_dict_pre_hook(_before_state_dict)
         self.register_state_dict_post_hook(_save_ids)
         self.register_load_state_dict_pre_hook(_load_ids)
@@ -283,14 +284,24 @@ class LatentTable(nn.Embedding):
 
     def _prepare(self, index: Tensor) -> Tensor:
         index = _check_index(index, self.weight)
-        if self.weight.is_cuda and self.out_of_range is None:
-            self.out_of_range = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         if self._link is not None:
             self._link.catch_up(index)
         return index
 
     def _sink(self) -> _autograd.Sink | None:
         return None if self._link is None else self._link.sink()
+
+    def _place_counter(self) -> None:
+        """A GPU counts indices outside the table; made here, not in a lookup that is captured."""
+        if not self.weight.is_cuda:
+            self.out_of_range = None
+        elif self.out_of_range is None:
+            self.out_of_range = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+
+    def _apply(self, *arguments: Any, **options: Any) -> LatentTable:
+        super()._apply(*arguments, **options)
+        self._place_counter()
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -466,7 +477,13 @@ class VariationalLatentTable(LatentTable):
         z, kl = _autograd.variational_gather(
             self.weight,
             index.reshape(-1),
-            (self.prior_mean, self.prior_std, new_seed(generator), flat_noise, self.training),
+            (
+                self.prior_mean,
+                self.prior_std,
+                new_seed(generator, self.weight.device),
+                flat_noise,
+                self.training,
+            ),
             *(self.out_of_range, self._sink(), resolve(self.impl, self.weight)),
         )
         return z.view(shape), kl.view(index.shape)

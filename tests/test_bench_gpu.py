@@ -1,6 +1,7 @@
 """benchmarks.gpu rehearsed with tiny sizes: every section, what it writes, and what it refuses."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -29,6 +30,16 @@ def sections(gpu):
 
 
 @pytest.fixture(scope="module")
+def setting(gpu):
+    return importlib.import_module("benchmarks.gpu_context")
+
+
+@pytest.fixture(scope="module")
+def programs(gpu):
+    return importlib.import_module("benchmarks.gpu_programs")
+
+
+@pytest.fixture(scope="module")
 def work(gpu):
     return importlib.import_module("benchmarks.gpu_work")
 
@@ -46,11 +57,11 @@ def rehearsal(gpu, tmp_path_factory):
 
 
 @pytest.fixture
-def cpu(sections):
+def cpu(sections, setting):
     """A context for a section, and the list of what was saved."""
     saved = []
-    context = sections.Context(
-        sections.TINY,
+    context = setting.Context(
+        setting.TINY,
         torch.device("cpu"),
         sections.measure.Clock(60),
         True,
@@ -88,8 +99,8 @@ def test_environment(rehearsal):
     assert {"device", "card", "commit", "data_sheet_bytes_per_second"} <= set(found)
 
 
-def test_table_has_every_pass_of_every_shape(rehearsal, sections, work):
-    result, tiny = rehearsal["sections"]["table"]["result"], sections.TINY
+def test_table_has_every_pass_of_every_shape(rehearsal, sections, work, setting):
+    result, tiny = rehearsal["sections"]["table"]["result"], setting.TINY
     ours = [e for e in result["entries"] if e["provider"] == "fastlatent"]
     expected = [
         (name, shape.rows, batch, shape.dim, str(shape.dtype).removeprefix("torch."))
@@ -118,7 +129,7 @@ def test_table_has_every_pass_of_every_shape(rehearsal, sections, work):
             assert entry["numerics"]["passed"]
 
 
-def test_a_wrong_pass_gets_no_time(sections, work, cpu):
+def test_a_wrong_pass_gets_no_time(sections, work, cpu, setting):
     context, _ = cpu
     shape = work.Shape(500, 64, 6)
     bench = work.Work(shape, torch.device("cpu"))
@@ -149,7 +160,7 @@ def test_a_wrong_pass_gets_no_time(sections, work, cpu):
     sections._entry(context, bench, "gather", 64, 1.0, run=lambda b: bench.gather(b) * 1.001)
     (entry,) = context.result["entries"]
     assert not entry["numerics"]["passed"] and "times" not in entry
-    with pytest.raises(sections.SectionFailed, match="1 passes failed"):
+    with pytest.raises(setting.SectionFailed, match="1 passes failed"):
         sections._fail_on_wrong_numbers([entry])
 
 
@@ -159,13 +170,13 @@ def test_a_wrong_draw_is_seen(work):
     assert work.check(bench, "forward", batch)["passed"]
 
     def other_noise(item):
-        return bench.forward(work.dataclasses.replace(item, seed=item.seed + 1))
+        return bench.forward(dataclasses.replace(item, seed=item.seed + 1))
 
     assert not work.check(bench, "forward", batch, other_noise)["passed"]
 
 
-def test_duplicates(rehearsal, sections):
-    result, tiny = rehearsal["sections"]["duplicates"]["result"], sections.TINY
+def test_duplicates(rehearsal, sections, setting):
+    result, tiny = rehearsal["sections"]["duplicates"]["result"], setting.TINY
     assert result["batch"] == tiny.tables * tiny.table_ids
     assert result["distinct"] == tiny.distinct
     assert result["numerics"]["passed"]
@@ -176,8 +187,8 @@ def test_duplicates(rehearsal, sections):
 
 
 @pytest.mark.parametrize("distinct", [400, 900, 1500])
-def test_power_law_batch_has_exactly_the_rows_asked_for(sections, distinct):
-    sizes = sections.dataclasses.replace(sections.TINY, distinct=distinct)
+def test_power_law_batch_has_exactly_the_rows_asked_for(sections, distinct, setting):
+    sizes = dataclasses.replace(setting.TINY, distinct=distinct)
     ids = sections.power_law_ids(sizes, 0)
     assert ids.numel() == sizes.tables * sizes.table_ids
     assert ids.unique().numel() == distinct
@@ -185,8 +196,8 @@ def test_power_law_batch_has_exactly_the_rows_asked_for(sections, distinct):
     assert torch.equal(ids, sections.power_law_ids(sizes, 0))
 
 
-def test_published_batch(sections):
-    full = sections.FULL
+def test_published_batch(sections, setting):
+    full = setting.FULL
     assert full.tables * full.table_ids == 1_048_570
     assert full.tables * full.table_rows == 16_800_000
     counts = sections.power_law_ids(full, 1).unique(return_counts=True)[1]
@@ -293,9 +304,9 @@ def test_rotation_leaves_the_cache_cold(sections):
     assert rotations(1, 3) == 3
 
 
-def test_the_native_tests_are_counted(gpu, sections, cpu):
+def test_the_native_tests_are_counted(gpu, sections, cpu, programs):
     context, _ = cpu
-    ran = sections.run_section(context, sections.tests)
+    ran = sections.run_section(context, programs.tests)
     assert ran["status"] == "passed", ran
     counts = ran["result"]["counts"]
     assert ran["result"]["complete"] and counts["failures"] == counts["errors"] == 0
@@ -304,39 +315,39 @@ def test_the_native_tests_are_counted(gpu, sections, cpu):
         assert counts["skipped"] > 10 and reasons == {"needs a CUDA device"}
 
 
-def test_outcomes_of_an_unfinished_run(sections):
+def test_outcomes_of_an_unfinished_run(programs):
     output = (
         "tests/a.py::one PASSED   [  1%]\ntests/a.py::two FAILED   [  2%]\n"
         "[gw3] [ 12%] PASSED tests/a.py::three \n[gw0] [ 13%] ERROR tests/a.py::four \n"
     )
     counts = {"passed": 2, "failures": 1, "errors": 1, "skipped": 0}
-    assert sections._outcomes(output) == {"counts": counts, "complete": False}
+    assert programs._outcomes(output) == {"counts": counts, "complete": False}
 
 
-def test_driver_runs_every_kernel(sections, cpu):
+def test_driver_runs_every_kernel(sections, cpu, programs):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("natively the sanitizer section itself runs it")
     context, _ = cpu
-    ran = sections.run_section(context, sections.sanitizer)
+    ran = sections.run_section(context, programs.sanitizer)
     assert ran["status"] == "skipped", ran
     assert ran["reason"].startswith("there is no CUDA device")
     assert ran["result"]["exit_codes"] == {"driver": 0}
 
 
-def test_a_section_keeps_what_it_has(sections, cpu):
+def test_a_section_keeps_what_it_has(sections, cpu, setting):
     context, saved = cpu
 
     def failing(context):
         context.add("entries", {"time": 1})
-        raise sections.SectionFailed("no")
+        raise setting.SectionFailed("no")
 
     def slow(context):
         context.clock.end = time.monotonic() - 1
         context.add("entries", {"time": 2})
 
     def absent(context):
-        raise sections.Skipped("nothing here")
+        raise setting.Skipped("nothing here")
 
     assert sections.run_section(context, failing)["error"] == "no"
     late = sections.run_section(context, slow)

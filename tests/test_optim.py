@@ -693,3 +693,20 @@ def test_bitwise_deterministic(impl):
         data = [(i, t.float()) for i, t in batches(20)]
         results.append(train(module, optimizer, data=data).clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dense_variational_table_looked_up_twice_in_a_step(impl):
+    """Catching up for the second lookup writes to rows that the first one did not read."""
+    module = fl.VariationalLatentTable(N, D, dtype=torch.float64, impl=impl)
+    optimizer = fl.SparseAdam(module.parameters(), lr=0.1, step_mode="dense", impl=impl)
+    for _ in range(3):
+        optimizer.zero_grad()
+        first, _ = module(torch.tensor([0, 1]))
+        second, _ = module(torch.tensor([1, 2]))
+        (first.sum() + second.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        module(torch.tensor([0]))[0].sum().backward()
+        optimizer.step()
+    assert optimizer.state[module.weight]["step"] == 6
