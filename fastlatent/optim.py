@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fastlatent import _ops, tables
 from fastlatent._impl import check_impl, resolve
+from fastlatent.kernels.cpu.pages import advise
 
 STEP_MODES = ("global", "row", "dense")
 PROJECTIONS = (None, "ball", "sphere")
@@ -229,9 +230,7 @@ class SparseAdam(Optimizer):
         )
         if not state:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(
-                    param, dtype=dtype, memory_format=torch.contiguous_format
-                )
+                state[name] = advise(torch.zeros(param.shape, dtype=dtype, device=param.device))
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].shape != param.shape:
                 raise RuntimeError(

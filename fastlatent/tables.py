@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastlatent import _autograd
 from fastlatent._impl import check_impl, resolve
 from fastlatent.functional import new_seed, prior_tensor
+from fastlatent.kernels.cpu.pages import advise
 from fastlatent.reference import check_range
 
 if TYPE_CHECKING:
@@ -114,10 +115,16 @@ class LatentTable(nn.Embedding):
         if kind not in _DTYPES:
             raise ValueError(f"dtype must be fp16, bf16, fp32 or fp64; got {kind}")
         self.impl = check_impl(impl)
+        given = _weight is not None
+        if not given:
+            size = (num_embeddings, embedding_dim)
+            _weight = advise(torch.empty(size, device=device, dtype=dtype))
         super().__init__(
             *(num_embeddings, embedding_dim, padding_idx, None, 2.0, False, True),
             *(_weight, _freeze, device, dtype),
         )
+        if not given:
+            self.reset_parameters()
         self.register_buffer("out_of_range", None, persistent=False)
         self._place_counter()
         self.register_state_dict_pre_hook(_before_state_dict)

@@ -31,7 +31,7 @@ CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
     "gather": {size: _Configuration(4, 4) for size in (2, 4, 8)},
     "adam": {2: _Configuration(4, 1), 4: _Configuration(4, 2)},
     "reparameterize": {2: _Configuration(4, 2), 4: _Configuration(4, 4)},
-    "variational": {2: _Configuration(8, 1), 4: _Configuration(4, 1)},
+    "variational": {size: _Configuration(8, 1) for size in (2, 4)},
 }
 
 

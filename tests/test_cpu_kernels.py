@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numba import njit
 import fastlatent as fl
 from fastlatent import _ops, reference
 from fastlatent.kernels import rules
-from fastlatent.kernels.cpu import adam, compiled, elementary, philox
+from fastlatent.kernels.cpu import adam, compiled, elementary, pages, philox
 
 UPDATE = {
     "grad_scale": None,
@@ -204,14 +205,16 @@ def _work_in_child(queue):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a POSIX call")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_can_use_the_loops_and_a_dataloader_still_works():
-    """OpenMP pools do not survive a fork; these threads are made anew in the child."""
+    """OpenMP pools do not survive a fork: the child runs its loops by itself."""
     table = fl.LatentTable(70_000, 16)
     optimizer = fl.SparseAdam(table.parameters(), lr=0.1, step_mode="row")
     table(torch.arange(70_000)).sum().backward()
     optimizer.step()
-    assert compiled._pool is not None, "the batch was too small to start threads"
+    compiled._openmp.cache_clear()
+    assert sys.platform != "linux" or compiled._openmp() is not None
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
+    # as a DataLoader's workers do: torch's own operations would wait for the lost pool otherwise
     torch.set_num_threads(1)
     child = context.Process(target=_work_in_child, args=(queue,))
     child.start()
@@ -237,6 +240,29 @@ def test_threads_do_not_change_the_result():
         optimizer.step()
         results.append(table.weight.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("pool", [None, "torch's"])
+def test_both_kinds_of_threads_work_through_every_part(pool, monkeypatch):
+    if pool is None:
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+    torch.set_num_threads(2)
+    seen = compiled.parallel(lambda start, stop, worker: (start, stop, worker), 7, 2**22)
+    assert seen == [(0, 3, 0), (3, 7, 1)]
+
+    def fail(start, stop, worker):
+        if worker == 1:
+            raise IndexError("in part 1")
+
+    with pytest.raises(IndexError, match="in part 1"):
+        compiled.parallel(fail, 7, 2**22)
+
+
+def test_huge_pages_are_a_hint_only():
+    large = pages.advise(torch.empty(2**22))
+    assert large.fill_(1).sum() == 2**22
+    assert pages.advise(torch.empty(3)).shape == (3,)
+    assert pages.advise(torch.empty(3, device="meta")).device.type == "meta"
 
 
 def test_an_error_in_one_thread_is_raised():

@@ -7,10 +7,12 @@ row strides, so a table may be a view of rows with contiguous columns.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +27,6 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from fastlatent.kernels import rules
-
-_pool: ThreadPoolExecutor | None = None
-
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
@@ -68,37 +67,68 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 def parallel(loop: Callable[..., Any], rows: int, row_bytes: int, *arguments: Any) -> list[Any]:
     """Runs ``loop(start, stop, worker, *arguments)`` over [0, rows) on torch's number of threads.
 
-    Plain threads, because the loops hold no GIL: unlike an OpenMP pool they leave a process that
-    forks afterwards (a DataLoader with workers) in order. A pass of less than 2 MiB runs here and
-    now: waking a thread would cost more.
+    The loops hold no GIL. They run on the threads of torch's own OpenMP pool: those spin for a
+    while after each of torch's operations, and a second pool would have to share their cores. A
+    pass of less than 2 MiB runs here and now, as does one in a forked process, where the pool is
+    gone (a DataLoader's workers).
     """
     workers = min(torch.get_num_threads(), rows * row_bytes // 2**21 + 1, max(rows, 1))
+    if workers < 2 or os.getpid() != _HOME:
+        return [loop(0, rows, 0, *arguments)]
     bounds = [rows * worker // workers for worker in range(workers + 1)]
-    tasks = [
-        _threads().submit(loop, bounds[worker], bounds[worker + 1], worker, *arguments)
-        for worker in range(1, workers)
-    ]
-    try:
-        first = loop(0, bounds[1], 0, *arguments)
-    finally:
-        results = [task.result() for task in tasks]
-    return [first, *results]
+    run = functools.partial(_run_part, loop, bounds, arguments)
+    pool = _openmp()
+    if pool is None:
+        return list(_threads().map(run, range(workers)))
+    results: list[Any] = [None] * workers
+    errors: list[BaseException] = []
+    # a team may be smaller than asked for, so its members take parts until none is left
+    parts = iter(range(workers))
+
+    def member(_: int | None) -> None:
+        try:
+            for part in parts:
+                results[part] = run(part)
+        except BaseException as error:
+            errors.append(error)
+
+    pool(_MEMBER(member), None, workers, 0)
+    if errors:
+        raise errors[0]
+    return results
 
 
+def _run_part(
+    loop: Callable[..., Any], bounds: list[int], arguments: tuple[Any, ...], part: int
+) -> Any:
+    return loop(bounds[part], bounds[part + 1], part, *arguments)
+
+
+_HOME = os.getpid()
+_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line}
+    near_torch = str(Path(torch.__file__).parent.parent)
+    for path in sorted(loaded, key=lambda path: not path.startswith(near_torch)):
+        if re.search(r"/lib(g|i)?omp[^/]*\.so[^/]*$", path):
+            function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            if function is not None:
+                function.argtypes = (_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+                function.restype = None
+                return function
+    return None
+
+
+@functools.cache
 def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlatent")
-    return _pool
-
-
-def _forget_threads() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlatent")
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype) -> np.ndarray:
