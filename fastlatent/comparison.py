@@ -25,6 +25,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from fastlatent import report
+from fastlatent._files import write
 from fastlatent.data import LatentData, batches, load_data, split
 from fastlatent.figures import MODELS
 from fastlatent.inference import Fit
@@ -151,9 +152,9 @@ class Comparison:
         page, files = report.render(self)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write(folder / "figures" / name, content)
-        _write(folder / "report.html", page.encode())
-        _write(folder / "comparison.json", _json(self.to_json()))
+            write(folder / "figures" / name, content)
+        write(folder / "report.html", page.encode())
+        write(folder / "comparison.json", _json(self.to_json()))
 
 
 Stage = Literal["kept", "training", "inference", "finished", "report"]
@@ -635,7 +636,7 @@ def _open(
     try:
         for needed in (folder / "models", folder / "figures"):
             needed.mkdir(parents=True, exist_ok=True)
-        _write(ready, _json(run))
+        write(ready, _json(run))
     except OSError as error:
         reason = f"out={str(folder)!r} cannot be written: {error.strerror}"
         raise type(error)(error.errno, reason, error.filename) from error
@@ -687,8 +688,8 @@ def _keep(
         name: torch.from_numpy(np.ascontiguousarray(value))
         for name, value in result.pictures.items()
     }
-    _write(_model_file(folder, key, "safetensors"), safetensors.save(pictures))
-    _write(_model_file(folder, key, "json"), _json(result.to_json()))
+    write(_model_file(folder, key, "safetensors"), safetensors.save(pictures))
+    write(_model_file(folder, key, "json"), _json(result.to_json()))
 
 
 def _kept(folder: Path, key: str) -> ModelResult:
@@ -714,17 +715,6 @@ def _model_file(folder: Path, key: str, suffix: str) -> Path:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _check_numbers(
