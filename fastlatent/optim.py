@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastlatent import _ops, tables
 from fastlatent._impl import check_impl, resolve
-from fastlatent.kernels.cpu.pages import advise
+from fastlatent.kernels.cpu.pages import empty
 
 STEP_MODES = ("global", "row", "dense")
 PROJECTIONS = (None, "ball", "sphere")
@@ -230,7 +230,7 @@ class SparseAdam(Optimizer):
         )
         if not state:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = advise(torch.zeros(param.shape, dtype=dtype, device=param.device))
+                state[name] = empty(param.shape, dtype, param.device).zero_()
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].shape != param.shape:
                 raise RuntimeError(
@@ -273,11 +273,12 @@ class SparseAdam(Optimizer):
             if name not in state:
                 continue
             old = state[name] if kept is None else state[name][kept]
-            new = old.new_zeros(rows - old.shape[0], *old.shape[1:])
+            state[name] = empty((rows, *old.shape[1:]), old.dtype, old.device)
+            state[name][: len(old)] = old
+            new = state[name][len(old) :].zero_()
             if name == "row_step" and "history" in state:
                 # a new row owes no steps of the time before it was there
                 new.fill_(int(state["step"]))
-            state[name] = torch.cat([old, new])
 
     def _update(
         self, group: dict[str, Any], param: Tensor, index: Tensor, *gradient: Any, op: Any = None
@@ -526,7 +527,7 @@ def _adopt(saved: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[
         if not isinstance(value, Tensor):
             return value
         stays = name == "step" and not group["capturable"]
-        return value.detach().clone().to("cpu" if stays else param.device)
+        return empty(value.shape, value.dtype, "cpu" if stays else param.device).copy_(value)
 
     return {name: place(name, value) for name, value in saved.items()}
 

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastlatent import _autograd
 from fastlatent._impl import check_impl, resolve
 from fastlatent.functional import new_seed, prior_tensor
-from fastlatent.kernels.cpu.pages import advise
+from fastlatent.kernels.cpu.pages import empty
 from fastlatent.reference import check_range
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class LatentTable(nn.Embedding):
         given = _weight is not None
         if not given:
             size = (num_embeddings, embedding_dim)
-            _weight = advise(torch.empty(size, device=device, dtype=dtype))
+            _weight = empty(size, dtype, device)
         super().__init__(
             *(num_embeddings, embedding_dim, padding_idx, None, 2.0, False, True),
             *(_weight, _freeze, device, dtype),

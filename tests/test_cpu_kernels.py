@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from numba import njit
 import fastlatent as fl
 from fastlatent import _ops, reference
 from fastlatent.kernels import rules
-from fastlatent.kernels.cpu import adam, compiled, elementary, pages, philox
+from fastlatent.kernels.cpu import compiled, duplicates, elementary, jobs, pages, philox
 
 UPDATE = {
     "grad_scale": None,
@@ -126,15 +127,52 @@ def test_stochastic_rounding_draws_the_same_words():
         assert torch.equal(*results)
 
 
-def test_hot_row_and_sorting_of_large_indices():
-    index = np.array([2**62, 5, 2**62, 7, 5])
-    rows, first, order = adam.distinct(index, False)
-    assert rows.tolist() == [5, 7, 2**62]
-    assert first.tolist() == [0, 2, 3, 5] and order.tolist() == [1, 4, 3, 0, 2]
-    index = np.array([9, 5, 9, 7, 5])
-    assert adam.distinct(index, False)[2].tolist() == [1, 4, 3, 0, 2]
-    assert adam.distinct(index, True)[0] is index
-    assert adam.distinct(np.array([3, 1]), False)[0].tolist() == [3, 1]
+def groups(index, rows):
+    """row: its positions, as ``distinct`` finds them."""
+    found, first, order, count = duplicates.distinct(torch.tensor(index), rows, False)
+    if isinstance(first, jobs.Laid):
+        return {int(row): [b] for b, row in enumerate(found)}
+    return {int(found[k]): order[first[k] : first[k + 1]].tolist() for k in range(count)}
+
+
+def test_duplicates_in_order_of_appearance():
+    assert groups([9, 5, 9, 7, 5], 10) == {9: [0, 2], 5: [1, 4], 7: [3]}
+    assert list(groups([9, 5, 9, 7, 5], 10)) == [9, 5, 7]
+    assert groups([2**62, 5, 2**62], 2**62 + 1) == {2**62: [0, 2], 5: [1]}
+    assert groups([3, 1], 4) == {3: [0], 1: [1]}
+    assert groups([4] * 5, 5) == {4: [0, 1, 2, 3, 4]}
+    index = torch.tensor([9, 5, 9, 7, 5])
+    assert duplicates.distinct(index, 10, True)[0] is index
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40) | st.integers(2**40, 2**40 + 3), min_size=2, max_size=300))
+def test_duplicates_are_all_found(index):
+    expected = {}
+    for position, row in enumerate(index):
+        expected.setdefault(row, []).append(position)
+    assert groups(index, 2**41) == expected
+
+
+@pytest.mark.parametrize("assume_unique", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 70_000])
+def test_an_index_outside_of_the_table_changes_nothing(assume_unique, wrong):
+    """Neither in the part of the wrong index nor in another thread's."""
+    torch.set_num_threads(2)
+    table = fl.LatentTable(70_000, 16)
+    before = table.weight.detach().clone()
+    state = [torch.zeros(70_000, 16) for _ in range(2)]
+    row_step = torch.zeros(70_000, dtype=torch.int32)
+    index = torch.arange(70_000)
+    index[69_000] = wrong
+    options = {**UPDATE, "columns": 16, "assume_unique": assume_unique}
+    with pytest.raises(IndexError, match=f"index {wrong} is out of range"):
+        _ops.adam_rows_(
+            *(table.weight.detach(), *state, row_step, index, torch.ones(70_000, 16)),
+            *(torch.tensor(1), torch.tensor(0.1), None, *options.values(), "cpu"),
+        )
+    assert torch.equal(table.weight, before)
+    assert not row_step.any() and not state[0].any() and not state[1].any()
 
 
 @pytest.mark.parametrize(
@@ -210,8 +248,8 @@ def test_a_forked_process_can_use_the_loops_and_a_dataloader_still_works():
     optimizer = fl.SparseAdam(table.parameters(), lr=0.1, step_mode="row")
     table(torch.arange(70_000)).sum().backward()
     optimizer.step()
-    compiled._openmp.cache_clear()
-    assert sys.platform != "linux" or compiled._openmp() is not None
+    jobs._openmp.cache_clear()
+    assert sys.platform != "linux" or jobs._openmp() is not None
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     # as a DataLoader's workers do: torch's own operations would wait for the lost pool otherwise
@@ -242,27 +280,42 @@ def test_threads_do_not_change_the_result():
     assert torch.equal(*results)
 
 
+@compiled.compiled
+def _mark_loop(start, stop, worker, seen, numbers, kinds, offset):
+    """Marks its part; ``numbers`` is (2.5, True, 7), ``kinds`` an empty array."""
+    if numbers[0] != 2.5 or not numbers[1] or kinds.size:
+        return -1
+    for position in range(start, stop):
+        seen[position] += numbers[2] + offset
+    return stop - start
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("pool", [None, "torch's"])
-def test_both_kinds_of_threads_work_through_every_part(pool, monkeypatch):
+def test_both_kinds_of_threads_work_through_every_part(pool, threads, monkeypatch):
     if pool is None:
-        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+        monkeypatch.setattr(jobs, "_openmp", lambda: None)
+    torch.set_num_threads(threads)
+    for rows in (0, 1, 3, 1001):
+        seen = torch.zeros(rows + 1, dtype=torch.int64)
+        arguments = (seen, (2.5, True, 7), jobs.Laid(np.empty(0)), -6)
+        assert jobs.parallel(_mark_loop, rows, 2**20, *arguments) == rows
+        assert seen[:-1].eq(1).all() and seen[-1] == 0
     torch.set_num_threads(2)
-    seen = compiled.parallel(lambda start, stop, worker: (start, stop, worker), 7, 2**22)
-    assert seen == [(0, 3, 0), (3, 7, 1)]
 
-    def fail(start, stop, worker):
-        if worker == 1:
-            raise IndexError("in part 1")
 
-    with pytest.raises(IndexError, match="in part 1"):
-        compiled.parallel(fail, 7, 2**22)
+def test_what_a_loop_cannot_take():
+    with pytest.raises(TypeError, match="no str"):
+        jobs.parallel(_mark_loop, 1, 1, "text")
+    with pytest.raises(ValueError, match="contiguous"):
+        jobs.parallel(_mark_loop, 1, 1, np.zeros((4, 4))[:, 1])
 
 
 def test_huge_pages_are_a_hint_only():
-    large = pages.advise(torch.empty(2**22))
+    large = pages.empty((2**22,), torch.float32)
     assert large.fill_(1).sum() == 2**22
-    assert pages.advise(torch.empty(3)).shape == (3,)
-    assert pages.advise(torch.empty(3, device="meta")).device.type == "meta"
+    assert pages.empty((3,), torch.float64).dtype == torch.float64
+    assert pages.empty((3,), device="meta").device.type == "meta"
 
 
 def test_an_error_in_one_thread_is_raised():
@@ -277,7 +330,6 @@ def test_an_error_in_one_thread_is_raised():
 def test_changed_rules_are_compiled_anew(tmp_path, monkeypatch):
     """A cached loop contains the rules, so the cache must not outlive a change of them."""
     before = compiled._sources()
-    assert before[:16] in adam._adam_loop._cache._cache_file._index_name
     copy = tmp_path / "kernels"
     shutil.copytree(Path(rules.__file__).parent, copy)
     monkeypatch.setattr(rules, "__file__", str(copy / "rules.py"))
@@ -289,14 +341,23 @@ def test_changed_rules_are_compiled_anew(tmp_path, monkeypatch):
         (copy / changed).write_text(text)
 
 
-def test_no_writable_cache_folder_is_no_error(monkeypatch):
-    def refuse(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
+def _count(address):
+    """A C function that does nothing."""
 
-    monkeypatch.setattr(compiled, "njit", refuse)
-    assert compiled.compiled(lambda x: x + 1)(1) == 2
+
+def test_a_compiled_loop_is_kept_on_disk(tmp_path, monkeypatch):
+    """Under a name of its sources and of what it contains; without a folder it is not kept."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    entries = [compiled.cached_entry(_count, name) for name in ("a", "a", "b")]
+    assert [entry.cache_hits for entry in entries] == [0, 1, 0]
+    monkeypatch.setattr(compiled, "_sources", lambda: "changed")
+    assert compiled.cached_entry(_count, "a").cache_hits == 0
+
+    def refuse(function):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(compiled, "FunctionCache", refuse)
+    assert compiled.cached_entry(_count, "a").address
 
 
 def test_philox_known_answers():

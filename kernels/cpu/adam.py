@@ -14,6 +14,7 @@ The definition is ``fastlatent.reference.adam_rows_`` and ``catch_up_``; the arg
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -26,19 +27,19 @@ from fastlatent.kernels.cpu.compiled import (
     bits_float,
     compiled,
     compute_type,
-    flat,
     float_bits,
     inlined,
     like,
     load,
-    parallel,
     prefetch,
     prefetch_row,
     rule,
-    scratch,
     store,
+    view,
 )
-from fastlatent.kernels.cpu.gather import index_array, out_of_range_error
+from fastlatent.kernels.cpu.duplicates import all_inside, distinct
+from fastlatent.kernels.cpu.gather import raise_outside
+from fastlatent.kernels.cpu.jobs import Laid, parallel, scratch
 from fastlatent.kernels.cpu.philox import philox
 from fastlatent.reference import replay_limit
 
@@ -50,10 +51,15 @@ _round_to_bfloat16 = rule(rules.round_to_bfloat16)
 _round_to_float16 = rule(rules.round_to_float16)
 _round_to_subnormal_float16 = rule(rules.round_to_subnormal_float16)
 
+# what an update loop returns, having written nothing, if a row is not in the table: below zero even
+# after other parts have added the number of rows that they skipped
+OUTSIDE = -(2**40)
 GLOBAL, ROW, DENSE = 0, 1, 2
 _STEP_MODES = {"global": GLOBAL, "row": ROW, "dense": DENSE}
 NO_PROJECTION, BALL, SPHERE = 0, 1, 2
 _PROJECTIONS = {"none": NO_PROJECTION, "ball": BALL, "sphere": SPHERE}
+
+_NO_STEPS, _NO_HISTORY = Laid(np.empty(0, np.int32)), Laid(np.empty((0, 2)))
 
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF_WORD = np.uint64(32)
@@ -67,11 +73,9 @@ class Rule(NamedTuple):
     eps: float
     gradient_scale: float
     zero: float
-    lr: float
     weight_decay: float
     log_beta1: float
     log_beta2: float
-    step: int
     step_mode: int
     replay_limit: int
     projection: int
@@ -80,6 +84,8 @@ class Rule(NamedTuple):
     seed: int
     dither: int
     skip_nonfinite: bool
+    lr: float
+    step: int
 
 
 @inlined
@@ -115,7 +121,7 @@ def _dithered(value, word, bfloat16):
 def _store_row(table, start, values, row, step, seed, dither):
     """Writes a row; ``dither``: 0 rounds to nearest, 1 to bf16 and 2 to fp16 stochastically."""
     columns = values.size
-    target = table[start : start + columns]
+    target = view(table, start, columns)
     if dither == 0:
         for d in range(columns):
             store(target, d, values[d])
@@ -133,7 +139,7 @@ def _store_row(table, start, values, row, step, seed, dither):
 
 @inlined
 def _load_row(target, table, start):
-    source = table[start : start + target.size]
+    source = view(table, start, target.size)
     for d in range(target.size):
         target[d] = load(source[d])
 
@@ -177,42 +183,56 @@ def update_row(
 ):
     """One step on row ``row`` with the gradient g; w, m, v are room for its values.
 
-    ``memo`` keeps the scales of the last step number seen: neighbours usually share it.
-    Returns whether the row was updated (a non-finite gradient may be skipped).
+    ``memo`` is (step number, step_size, denominator_scale) of the row before: neighbours usually
+    share it. Returns whether the row was updated (a non-finite gradient may be skipped), and memo.
     """
     if rule.skip_nonfinite:
         for d in range(g.size):
             if not math.isfinite(g[d]):
-                return False
-    _load_row(w, weight, row * strides[0])
-    _load_row(m, exp_avg, row * strides[1])
-    _load_row(v, exp_avg_sq, row * strides[2])
+                return False, memo
     step = rule.step
-    if rule.step_mode == ROW:
-        step = np.int64(row_step[row]) + 1
-        row_step[row] = step
-    elif rule.step_mode == DENSE:
+    seen = step - 1
+    if rule.step_mode != GLOBAL:
         seen = np.int64(row_step[row])
-        if seen < step - 1:
-            _replay(w, m, v, seen, step - 1, history, rule)
+        if rule.step_mode == ROW:
+            step = seen + 1
         row_step[row] = step
     if memo[0] != step:
-        memo[0] = step
         if rule.step_mode == GLOBAL:
-            memo[1] = _sparse_adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2)
-            memo[2] = 1.0
+            exact = _sparse_adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2), 1.0
         else:
-            memo[1], memo[2] = _adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2)
-    size, scale = like(rule.eps, memo[1]), like(rule.eps, memo[2])
+            exact = _adam_scales(rule.lr, float(step), rule.log_beta1, rule.log_beta2)
+        memo = step, like(rule.eps, exact[0]), like(rule.eps, exact[1])
+    size, scale = memo[1], memo[2]
     decay = like(rule.eps, 1.0 - rule.lr * rule.weight_decay)
-    for d in range(g.size):
+    columns = g.size
+    start_w, start_m, start_v = row * strides[0], row * strides[1], row * strides[2]
+    if seen == step - 1 and rule.projection == NO_PROJECTION and rule.dither == 0:
+        row_w = view(weight, start_w, columns)
+        row_m = view(exp_avg, start_m, columns)
+        row_v = view(exp_avg_sq, start_v, columns)
+        for d in range(columns):
+            new_m, new_v = _adam_moments(
+                *(g[d], load(row_m[d]), load(row_v[d])), rule.one_minus_beta1, rule.one_minus_beta2
+            )
+            new_w = _adam_step(load(row_w[d]), new_m, new_v, decay, size, scale, rule.eps)
+            store(row_m, d, new_m)
+            store(row_v, d, new_v)
+            store(row_w, d, new_w)
+        return True, memo
+    _load_row(w, weight, start_w)
+    _load_row(m, exp_avg, start_m)
+    _load_row(v, exp_avg_sq, start_v)
+    if seen < step - 1:
+        _replay(w, m, v, seen, step - 1, history, rule)
+    for d in range(columns):
         m[d], v[d] = _adam_moments(g[d], m[d], v[d], rule.one_minus_beta1, rule.one_minus_beta2)
         w[d] = _adam_step(w[d], m[d], v[d], decay, size, scale, rule.eps)
     _project(w, rule.projection, rule.radius, rule.columns)
-    _store_row(weight, row * strides[0], w, row, step, rule.seed, rule.dither)
-    _store_row(exp_avg, row * strides[1], m, row, step, rule.seed, 0)
-    _store_row(exp_avg_sq, row * strides[2], v, row, step, rule.seed, 0)
-    return True
+    _store_row(weight, start_w, w, row, step, rule.seed, rule.dither)
+    _store_row(exp_avg, start_m, m, row, step, rule.seed, 0)
+    _store_row(exp_avg_sq, start_v, v, row, step, rule.seed, 0)
+    return True, memo
 
 
 @compiled
@@ -234,7 +254,12 @@ def _adam_loop(
     rule,
 ):
     g, w, m, v = work[worker, 0], work[worker, 1], work[worker, 2], work[worker, 3]
-    columns, memo, skipped = g.size, np.zeros(3), 0
+    columns, skipped = g.size, 0
+    if not all_inside(rows, (weight.size - columns) // strides[0] + 1):
+        return OUTSIDE
+    memo = np.int64(-1), rule.zero, rule.zero
+    for k in range(start, min(start + 8, stop)):
+        prefetch_tables(rows[k], columns, weight, exp_avg, exp_avg_sq, row_step, strides)
     for k in range(start, stop):
         if k + 8 < stop:
             prefetch_tables(rows[k + 8], columns, weight, exp_avg, exp_avg_sq, row_step, strides)
@@ -243,16 +268,16 @@ def _adam_loop(
         else:
             _load_row(g, gradient, order[first[k]] * columns)
             for position in range(first[k] + 1, first[k + 1]):
-                more = gradient[order[position] * columns : (order[position] + 1) * columns]
+                more = view(gradient, order[position] * columns, columns)
                 for d in range(columns):
                     g[d] += load(more[d])
         if rule.gradient_scale != 1:
             for d in range(columns):
                 g[d] *= rule.gradient_scale
-        if not update_row(
+        done, memo = update_row(
             rows[k], g, w, m, v, memo, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
-        ):
-            skipped += 1
+        )
+        skipped += not done
     return skipped
 
 
@@ -274,38 +299,7 @@ def _catch_up_loop(
         _store_row(exp_avg, row * strides[1], m, row, rule.step, rule.seed, 0)
         _store_row(exp_avg_sq, row * strides[2], v, row, rule.step, rule.seed, 0)
         row_step[row] = rule.step
-
-
-def distinct(index: np.ndarray, assume_unique: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, first, order): row k has the gradients order[first[k]:first[k+1]].
-
-    Where no index stands twice, ``first`` and ``order`` are empty and ``rows`` is ``index``. Index
-    and position are sorted as one 64-bit number: that is stable, and several times faster than an
-    argsort.
-    """
-    nothing = np.empty(0, np.int64)
-    if assume_unique or index.size < 2:
-        return index, nothing, nothing
-    bits = int(index.size - 1).bit_length()
-    if int(index.max()).bit_length() + bits > 63:
-        order = np.argsort(index, kind="stable")
-        ordered = index[order]
-    else:
-        keys = (index << bits) | np.arange(index.size)
-        keys.sort()
-        ordered, order = keys >> bits, keys & ((1 << bits) - 1)
-    starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    if starts.size == index.size - 1:
-        return index, nothing, nothing
-    first = np.concatenate(([0], starts, [index.size]))
-    return ordered[first[:-1]], first, order
-
-
-def check_range(index: np.ndarray, rows: int) -> None:
-    if index.size:
-        low, high = index.min(), index.max()
-        if low < 0 or high >= rows:
-            raise out_of_range_error(low if low < 0 else high, rows)
+    return 0
 
 
 def table_arrays(
@@ -315,20 +309,18 @@ def table_arrays(
     row_step: Tensor | None,
     history: Tensor | None,
 ) -> tuple[Any, ...]:
-    """Flat arrays of the table and its state, and the row strides of the first three."""
+    """The table and its state as a loop takes them, and the row strides of the first three."""
     tables = (weight, exp_avg, exp_avg_sq)
     return (
-        *(flat(table) for table in tables),
-        np.empty(0, np.int32) if row_step is None else row_step.numpy(),
-        np.empty((0, 2)) if history is None else history.numpy(),
+        *tables,
+        _NO_STEPS if row_step is None else row_step,
+        _NO_HISTORY if history is None else history.numpy(),
         tuple(table.stride(0) for table in tables),
     )
 
 
 def make_rule(
-    weight: Tensor,
-    step: Tensor,
-    lr: Tensor,
+    dtype: torch.dtype,
     grad_scale: Tensor | None,
     skip_nonfinite: bool,
     beta1: float,
@@ -341,17 +333,42 @@ def make_rule(
     radius: float,
     columns: int,
     seed: int | None,
+    lr: Tensor,
+    step: Tensor,
 ) -> Rule:
-    compute = compute_type(weight.dtype)
+    """The rule of one call for a table of type ``dtype``; see ``reference.adam_rows_``."""
     scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    dither = {torch.bfloat16: 1, torch.float16: 2}.get(weight.dtype, 0) if seed is not None else 0
-    return Rule(
-        *(compute(x) for x in (1 - beta1, 1 - beta2, eps, -scale if maximize else scale, 0)),
-        *(float(lr), float(weight_decay)),
+    constant = _constant(
+        *(dtype, -scale if maximize else scale, skip_nonfinite, beta1, beta2, eps, weight_decay),
+        *(step_mode, projection, radius, columns, seed),
+    )
+    return Rule(*constant, float(lr), int(step))
+
+
+@functools.lru_cache(64)
+def _constant(
+    dtype: torch.dtype,
+    scale: float,
+    skip_nonfinite: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step_mode: str,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+) -> tuple[Any, ...]:
+    """All of a Rule but the last two."""
+    compute = compute_type(dtype)
+    dither = {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 0) if seed is not None else 0
+    return (
+        *(compute(x) for x in (1 - beta1, 1 - beta2, eps, scale, 0)),
+        float(weight_decay),
         *(math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)),
-        int(step),
         _STEP_MODES[step_mode],
-        replay_limit(beta1, beta2, weight.dtype) if step_mode == "dense" else 0,
+        replay_limit(beta1, beta2, dtype) if step_mode == "dense" else 0,
         _PROJECTIONS[projection],
         float(radius),
         int(columns),
@@ -387,24 +404,25 @@ def adam_rows_(
     assume_unique: bool,
 ) -> None:
     """One Adam step on the rows of ``index``, in place; see ``reference.adam_rows_``."""
-    positions = index_array(index)
-    check_range(positions, weight.shape[0])
-    if positions.size == 0 or (found_inf is not None and bool(found_inf)):
+    if index.numel() == 0 or (found_inf is not None and bool(found_inf)):
         return
-    rows, first, order = distinct(positions, assume_unique)
+    index = index.reshape(-1).long().contiguous()
+    rows, first, order, count = distinct(index, weight.shape[0], assume_unique)
     rule = make_rule(
-        *(weight, step, lr, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
-        *(maximize, step_mode, projection, radius, columns, seed),
+        *(weight.dtype, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
+        *(maximize, step_mode, projection, radius, columns, seed, lr, step),
     )
     width = weight.shape[1]
-    counts = parallel(
-        *(_adam_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
-        *(flat(gradient.contiguous()), scratch(4, width, weight.dtype)),
+    left_out = parallel(
+        *(_adam_loop, count, 7 * width * weight.element_size(), rows, first, order),
+        *(gradient.contiguous(), scratch("rows", 4, width, compute_type(weight.dtype))),
         *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
         rule,
     )
+    if left_out < 0:
+        raise_outside(index, weight.shape[0])
     if skipped is not None:
-        skipped += sum(counts)
+        skipped += left_out
 
 
 def catch_up_(
@@ -425,19 +443,18 @@ def catch_up_(
     seed: int | None,
 ) -> None:
     """Takes the dense steps that the rows of ``index`` missed; see ``reference.catch_up_``."""
-    positions = index_array(index)
-    check_range(positions, weight.shape[0])
-    if positions.size == 0:
+    if index.numel() == 0:
         return
-    rows, _, _ = distinct(positions, False)
+    index = index.reshape(-1).long().contiguous()
+    rows, _, _, count = distinct(index, weight.shape[0], False)
     rule = make_rule(
-        *(weight, step, torch.zeros(()), None, False, beta1, beta2, eps, weight_decay),
-        *(False, "dense", projection, radius, columns, seed),
+        *(weight.dtype, None, False, beta1, beta2, eps, weight_decay, False, "dense"),
+        *(projection, radius, columns, seed, torch.zeros(()), step),
     )
     width = weight.shape[1]
     parallel(
-        *(_catch_up_loop, rows.size, 7 * width * weight.element_size(), rows),
-        *(scratch(4, width, weight.dtype),),
+        *(_catch_up_loop, count, 7 * width * weight.element_size(), rows),
+        scratch("rows", 4, width, compute_type(weight.dtype)),
         *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
         rule,
     )

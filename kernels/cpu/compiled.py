@@ -1,4 +1,4 @@
-"""What every compiled CPU loop uses: compilation, threads, table storage, prefetch and the rules.
+"""What every compiled CPU loop uses: compilation, table storage, prefetch and the rules.
 
 Numba has no bf16 and no fp16 on the CPU, so tables of these dtypes are handed over as uint16 (bf16)
 and int16 (fp16) views: the integer's signedness says which one it is. Loops take flat arrays and
@@ -7,14 +7,10 @@ row strides, so a table may be a view of rows with contiguous columns.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import math
-import os
-import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +19,14 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic, overload
-from torch import Tensor
+from numba.np.arrayobj import populate_array
 
 from fastlatent.kernels import rules
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 @functools.cache
@@ -41,19 +39,33 @@ def _sources() -> str:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Numba, without the GIL, cached on disk where some cache folder is writable.
+    """Numba, without the GIL."""
+    return njit(**_OPTIONS)(function)
+
+
+def cached_entry(function: Callable[..., None], name: str) -> Any:
+    """``function(address)`` as a compiled C function, cached on disk where a folder is writable.
 
     Numba's cache knows a function by the file that it stands in. A loop also contains the rules and
-    helpers of other files, so its cache entry is named after the contents of all of them.
+    helpers of other files, so its cache entry is named after the contents of all of them and after
+    ``name``, which says what the function contains.
     """
+    digest = hashlib.sha256(f"{_sources()}{name}".encode()).hexdigest()[:16]
+    # the symbol, too, must be its own: entries of other processes come from the cache
+    function.__qualname__ = f"{function.__name__}_{digest}"
+    entry = CFunc(
+        function, ((types.int64,), types.void), {}, {"error_model": "numpy", "_nrt": False}
+    )
     try:
-        loop = njit(cache=True, **_OPTIONS)(function)
+        cache = FunctionCache(function)
+        cache._cache_file = type(cache._cache_file)(
+            cache._cache_path, function.__qualname__, digest
+        )
+        entry._cache = cache
     except RuntimeError:
-        return njit(**_OPTIONS)(function)
-    cache, digest = loop._cache, _sources()
-    name = f"{cache._impl.filename_base}-{digest[:16]}"
-    cache._cache_file = type(cache._cache_file)(cache._cache_path, name, digest)
-    return loop
+        pass
+    entry.compile()
+    return entry
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,95 +76,8 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return njit(inline="always", **_OPTIONS)(function)
 
 
-def parallel(loop: Callable[..., Any], rows: int, row_bytes: int, *arguments: Any) -> list[Any]:
-    """Runs ``loop(start, stop, worker, *arguments)`` over [0, rows) on torch's number of threads.
-
-    The loops hold no GIL. They run on the threads of torch's own OpenMP pool: those spin for a
-    while after each of torch's operations, and a second pool would have to share their cores. A
-    pass of less than 2 MiB runs here and now, as does one in a forked process, where the pool is
-    gone (a DataLoader's workers).
-    """
-    workers = min(torch.get_num_threads(), rows * row_bytes // 2**21 + 1, max(rows, 1))
-    if workers < 2 or os.getpid() != _HOME:
-        return [loop(0, rows, 0, *arguments)]
-    bounds = [rows * worker // workers for worker in range(workers + 1)]
-    run = functools.partial(_run_part, loop, bounds, arguments)
-    pool = _openmp()
-    if pool is None:
-        return list(_threads().map(run, range(workers)))
-    results: list[Any] = [None] * workers
-    errors: list[BaseException] = []
-    # a team may be smaller than asked for, so its members take parts until none is left
-    parts = iter(range(workers))
-
-    def member(_: int | None) -> None:
-        try:
-            for part in parts:
-                results[part] = run(part)
-        except BaseException as error:
-            errors.append(error)
-
-    pool(_MEMBER(member), None, workers, 0)
-    if errors:
-        raise errors[0]
-    return results
-
-
-def _run_part(
-    loop: Callable[..., Any], bounds: list[int], arguments: tuple[Any, ...], part: int
-) -> Any:
-    return loop(bounds[part], bounds[part + 1], part, *arguments)
-
-
-_HOME = os.getpid()
-_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@functools.cache
-def _openmp() -> Any:
-    """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line}
-    near_torch = str(Path(torch.__file__).parent.parent)
-    for path in sorted(loaded, key=lambda path: not path.startswith(near_torch)):
-        if re.search(r"/lib(g|i)?omp[^/]*\.so[^/]*$", path):
-            function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-            if function is not None:
-                function.argtypes = (_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-                function.restype = None
-                return function
-    return None
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastlatent")
-
-
-def scratch(rows: int, columns: int, dtype: torch.dtype) -> np.ndarray:
-    """Working memory ``[workers, rows, columns]`` in the dtype of the maths."""
-    return np.empty((max(torch.get_num_threads(), 1), rows, columns), compute_type(dtype))
-
-
 def compute_type(dtype: torch.dtype) -> type:
     return np.float64 if dtype == torch.float64 else np.float32
-
-
-def flat(tensor: Tensor) -> np.ndarray:
-    """The elements from the first to the last one of ``[N, W]`` rows, as a 1-D array."""
-    tensor = tensor.detach()
-    if tensor.numel() == 0:
-        span = 0
-    else:
-        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    line = tensor.as_strided((span,), (1,))
-    if line.dtype == torch.bfloat16:
-        return line.view(torch.uint16).numpy()
-    if line.dtype == torch.float16:
-        return line.view(torch.int16).numpy()
-    return line.numpy()
 
 
 @intrinsic
@@ -177,11 +102,35 @@ def prefetch(typing_context, array, position):
     return types.void(array, types.intp), generate
 
 
+@intrinsic
+def view(typing_context, array, start, length):
+    """``array[start : start + length]`` of a flat array, taken as it is.
+
+    Numba's own slices are brought into range with a division each, which for a row of 64 values
+    takes as long as its arithmetic.
+    """
+
+    def generate(context, builder, signature, arguments):
+        kind = signature.args[0]
+        source = context.make_array(kind)(context, builder, arguments[0])
+        itemsize = context.get_constant(
+            types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        )
+        part = context.make_array(kind)(context, builder)
+        data = builder.gep(source.data, [arguments[1]])
+        populate_array(part, data, [arguments[2]], [itemsize], itemsize, meminfo=None)
+        return part._getvalue()
+
+    return array(array, types.intp, types.intp), generate
+
+
 @inlined
 def prefetch_row(array, start, columns):
     step = 64 // array.itemsize
-    for offset in range(0, columns, step):
+    offset = 0
+    while offset < columns:
         prefetch(array, start + offset)
+        offset += step
 
 
 def _cast(source: Any, target: Any, convert: Callable[..., Any]) -> Callable[..., Any]:

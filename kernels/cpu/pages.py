@@ -11,6 +11,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _PAGE = 2**21
@@ -24,12 +25,18 @@ def _madvise() -> Any:
     return function
 
 
-def advise(tensor: Tensor) -> Tensor:
-    """``tensor``, after asking for huge pages under its memory; call it before the first touch.
+def empty(
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``torch.empty`` on huge pages.
 
-    On other systems than Linux, on a GPU and for less than a page of memory it does nothing.
-    The request is a hint: where the kernel declines it, nothing changes.
+    On other systems than Linux, on a GPU and for less than a page of memory it is nothing else. The
+    request comes before the memory is first touched, which decides; it is a hint, and where the
+    kernel declines it, nothing changes.
     """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return tensor
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE

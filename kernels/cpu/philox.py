@@ -10,13 +10,9 @@ from numba import types
 from numba.extending import overload
 
 from fastlatent.kernels import rules
-from fastlatent.kernels.cpu.compiled import (
-    compiled,
-    inlined,
-    rule,
-    scratch,
-)
+from fastlatent.kernels.cpu.compiled import compiled, compute_type, inlined, rule
 from fastlatent.kernels.cpu.elementary import log_uniform_fp32, turn_fp32
+from fastlatent.kernels.cpu.jobs import Laid, scratch
 
 NOISE_ROWS = 16
 
@@ -104,7 +100,7 @@ def fill_normal(noise, words, lanes, seed, first_row):
             noise[row, d] = lanes[d & 3, row * groups + (d >> 2)]
 
 
-def noise_room(columns: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def noise_room(columns: int, dtype: torch.dtype) -> tuple[Laid, Laid]:
     """``words`` and ``lanes`` of ``fill_normal`` for each worker, for NOISE_ROWS rows."""
-    lanes = scratch(4, NOISE_ROWS * -(-columns // 4), dtype)
-    return np.empty(lanes.shape, np.uint32), lanes
+    size = NOISE_ROWS * -(-columns // 4)
+    return scratch("words", 4, size, np.uint32), scratch("lanes", 4, size, compute_type(dtype))

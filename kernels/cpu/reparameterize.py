@@ -20,20 +20,19 @@ from fastlatent.kernels import rules
 from fastlatent.kernels.cpu.compiled import (
     compiled,
     compute_type,
-    flat,
     inlined,
     load,
-    parallel,
     prefetch_row,
     rule,
-    scratch,
     store,
+    view,
 )
 from fastlatent.kernels.cpu.elementary import exp, expm1
-from fastlatent.kernels.cpu.gather import out_of_range_error
+from fastlatent.kernels.cpu.gather import raise_outside
+from fastlatent.kernels.cpu.jobs import Laid, parallel, scratch
 from fastlatent.kernels.cpu.philox import NOISE_ROWS, fill_normal, noise_room
 
-WHOLE = np.empty(0, np.int64)
+WHOLE = Laid(np.empty(0, np.int64))
 
 _reparameterize = rule(rules.reparameterize, exp=exp)
 _twice_kl = rule(rules.twice_kl, expm1=expm1)
@@ -58,7 +57,7 @@ def fill_noise(block, words, lanes, noise, seed, sample, start, stop):
 def _forward_row(b, mean, log_variance, epsilon, prior, z):
     """Writes row b of z and returns its KL; ``prior`` is [3, D]: m, 1/p, log p²."""
     columns, total = epsilon.size, 0.0
-    target = z[b * columns : (b + 1) * columns]
+    target = view(z, b * columns, columns)
     for d in range(columns):
         mu, log_var = load(mean[d]), load(log_variance[d])
         store(target, d, _reparameterize(mu, log_var, epsilon[d]))
@@ -95,22 +94,22 @@ def _forward_loop(
             prefetch_row(log_variance, index[b + 16] * stride, columns)
         row = index[b] if gathered else b
         if row < 0 or row >= rows:
-            return b
+            return 1
         slot = (b - start) % NOISE_ROWS
         if slot == 0:
             last = min(b + NOISE_ROWS, stop)
             fill_noise(block, words[worker], lanes[worker], noise, seed, sample, b, last)
         epsilon = block[slot]
-        here = slice(row * stride, row * stride + columns)
-        kl[b] = _forward_row(b, mean[here], log_variance[here], epsilon, prior, z)
-    return -1
+        mu, log_var = view(mean, row * stride, columns), view(log_variance, row * stride, columns)
+        kl[b] = _forward_row(b, mu, log_var, epsilon, prior, z)
+    return 0
 
 
 @inlined
 def add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior):
     """Adds to g ``[2·D]`` the gradient of batch entry b."""
     columns = epsilon.size
-    dz = grad_z[b * columns : (b + 1) * columns]
+    dz = view(grad_z, b * columns, columns)
     dkl = load(grad_kl[b])
     for d in range(columns):
         dmean, dlog_variance = _variational_gradient(
@@ -153,20 +152,21 @@ def _backward_loop(
     g, block = work[worker, NOISE_ROWS], work[worker, :NOISE_ROWS, :columns]
     for b in range(start, stop):
         row = index[b] if index.size > 0 else b
-        here = slice(row * stride, row * stride + columns)
+        mu, log_var = view(mean, row * stride, columns), view(log_variance, row * stride, columns)
         slot = (b - start) % NOISE_ROWS
         if slot == 0:
             last = min(b + NOISE_ROWS, stop)
             fill_noise(block, words[worker], lanes[worker], noise, seed, sample, b, last)
         epsilon = block[slot]
         g[:] = 0
-        add_gradient(g, b, mean[here], log_variance[here], epsilon, grad_z, grad_kl, prior)
-        there = slice(b * grad_stride, b * grad_stride + columns)
+        add_gradient(g, b, mu, log_var, epsilon, grad_z, grad_kl, prior)
+        dmean = view(grad_mean, b * grad_stride, columns)
+        dlog_variance = view(grad_log_variance, b * grad_stride, columns)
         for d in range(columns):
-            store(grad_mean[there], d, g[d])
+            store(dmean, d, g[d])
         for d in range(columns):
-            store(grad_log_variance[there], d, g[columns + d])
-    return -1
+            store(dlog_variance, d, g[columns + d])
+    return 0
 
 
 def prior_rows(mean: Tensor, std: Tensor, columns: int, dtype: torch.dtype) -> np.ndarray:
@@ -182,11 +182,11 @@ def draws(
     """What ``fill_noise`` needs: room for Philox, the given noise or none, the seed, ``sample``."""
     given = like.new_empty(0) if noise is None else noise.contiguous()
     number = np.uint64(int(seed) & (2**64 - 1))
-    return (*noise_room(columns, like.dtype), flat(given.view(1, -1)), number, sample)
+    return (*noise_room(columns, like.dtype), given, number, sample)
 
 
 def forward(
-    index: np.ndarray,
+    index: Tensor | Laid,
     mean: Tensor,
     log_variance: Tensor,
     batch: int,
@@ -201,21 +201,20 @@ def forward(
     kl = torch.empty(batch, dtype=torch.float64 if mean.dtype == torch.float64 else torch.float32)
     wrong = parallel(
         *(_forward_loop, batch, 3 * columns * mean.element_size()),
-        *(index, flat(mean), flat(log_variance), mean.stride(0), mean.shape[0]),
+        *(index, mean, log_variance, mean.stride(0), mean.shape[0]),
         *(
-            scratch(NOISE_ROWS, columns, mean.dtype),
+            scratch("rows", NOISE_ROWS, columns, compute_type(mean.dtype)),
             prior_rows(prior_mean, prior_std, columns, mean.dtype),
         ),
-        *(*draws(noise, seed, sample, columns, mean), flat(z), kl.numpy()),
+        *(*draws(noise, seed, sample, columns, mean), z, kl),
     )
-    for position in wrong:
-        if position >= 0:
-            raise out_of_range_error(index[position], mean.shape[0])
+    if wrong:
+        raise_outside(index, mean.shape[0])
     return z, kl
 
 
 def backward(
-    index: np.ndarray,
+    index: Tensor | Laid,
     mean: Tensor,
     log_variance: Tensor,
     grad_z: Tensor,
@@ -231,14 +230,14 @@ def backward(
     columns = mean.shape[1]
     parallel(
         *(_backward_loop, grad_z.shape[0], 5 * columns * mean.element_size()),
-        *(index, flat(mean), flat(log_variance), mean.stride(0)),
+        *(index, mean, log_variance, mean.stride(0)),
         *(
-            scratch(NOISE_ROWS + 1, 2 * columns, mean.dtype),
+            scratch("rows", NOISE_ROWS + 1, 2 * columns, compute_type(mean.dtype)),
             prior_rows(prior_mean, prior_std, columns, mean.dtype),
         ),
         *draws(noise, seed, sample, columns, mean),
-        *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
-        *(flat(grad_mean), flat(grad_log_variance), grad_mean.stride(0)),
+        *(grad_z.contiguous(), grad_kl.contiguous()),
+        *(grad_mean, grad_log_variance, grad_mean.stride(0)),
     )
 
 

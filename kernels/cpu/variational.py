@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from fastlatent.kernels.cpu.adam import (
-    check_range,
-    distinct,
+    OUTSIDE,
     make_rule,
     prefetch_tables,
     table_arrays,
     update_row,
 )
-from fastlatent.kernels.cpu.compiled import compiled, flat, parallel, scratch
-from fastlatent.kernels.cpu.gather import index_array
+from fastlatent.kernels.cpu.compiled import compiled, compute_type, view
+from fastlatent.kernels.cpu.duplicates import all_inside, distinct
+from fastlatent.kernels.cpu.gather import raise_outside
+from fastlatent.kernels.cpu.jobs import parallel, scratch
 from fastlatent.kernels.cpu.philox import NOISE_ROWS
 from fastlatent.kernels.cpu.reparameterize import (
     WHOLE,
@@ -63,7 +64,12 @@ def _update_loop(
 ):
     columns = prior.shape[1]
     g, w, m, v = work[worker, 0], work[worker, 1], work[worker, 2], work[worker, 3]
-    block, memo, skipped = work[worker, 4:, :columns], np.zeros(3), 0
+    block, skipped = work[worker, 4:, :columns], 0
+    if not all_inside(rows, (weight.size - 2 * columns) // strides[0] + 1):
+        return OUTSIDE
+    memo = np.int64(-1), rule.zero, rule.zero
+    for k in range(start, min(start + 8, stop)):
+        prefetch_tables(rows[k], 2 * columns, weight, exp_avg, exp_avg_sq, row_step, strides)
     for k in range(start, stop):
         if k + 8 < stop:
             prefetch_tables(
@@ -71,8 +77,8 @@ def _update_loop(
             )
         row = rows[k]
         base = row * strides[0]
-        mean = weight[base : base + columns]
-        log_variance = weight[base + columns : base + 2 * columns]
+        mean = view(weight, base, columns)
+        log_variance = view(weight, base + columns, columns)
         g[:] = 0
         begin, end = (k, k + 1) if order.size == 0 else (first[k], first[k + 1])
         for position in range(begin, end):
@@ -87,10 +93,10 @@ def _update_loop(
         if rule.gradient_scale != 1:
             for d in range(2 * columns):
                 g[d] *= rule.gradient_scale
-        if not update_row(
+        done, memo = update_row(
             row, g, w, m, v, memo, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
-        ):
-            skipped += 1
+        )
+        skipped += not done
     return skipped
 
 
@@ -105,14 +111,10 @@ def variational_gather(
     out_of_range: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """z ``[B, D]`` and KL ``[B]`` of the rows ``weight[index]``; IndexError outside the table."""
-    rows = index_array(index)
-    mean, log_variance = weight.chunk(2, 1)
-    if rows.size == 0:
-        return weight.new_empty(0, mean.shape[1]), forward(
-            *(WHOLE, mean, log_variance, 0, prior_mean, prior_std, seed, noise, sample)
-        )[1]
+    index = index.reshape(-1).contiguous()
     return forward(
-        *(rows, mean, log_variance, rows.size, prior_mean, prior_std, seed, noise, sample)
+        *(index if len(index) else WHOLE, *weight.chunk(2, 1), len(index)),
+        *(prior_mean, prior_std, seed, noise, sample),
     )
 
 
@@ -122,7 +124,7 @@ def variational_gather_backward(
     """Gradient rows ``[B, 2D]``."""
     gradient = torch.empty(grad_z.shape[0], weight.shape[1], dtype=weight.dtype)
     backward(
-        *(index_array(index), *weight.chunk(2, 1), grad_z, grad_kl, *options),  # type: ignore[arg-type]
+        *(index.reshape(-1).contiguous(), *weight.chunk(2, 1), grad_z, grad_kl, *options),  # type: ignore[arg-type]
         *gradient.chunk(2, 1),
     )
     return gradient
@@ -160,26 +162,27 @@ def variational_adam_rows_(
     assume_unique: bool,
 ) -> None:
     """Backward pass and Adam step in one loop; no gradient is stored."""
-    positions = index_array(index)
-    check_range(positions, weight.shape[0])
-    if positions.size == 0 or (found_inf is not None and bool(found_inf)):
+    if index.numel() == 0 or (found_inf is not None and bool(found_inf)):
         return
-    rows, first, order = distinct(positions, assume_unique)
+    index = index.reshape(-1).long().contiguous()
+    rows, first, order, count = distinct(index, weight.shape[0], assume_unique)
     rule = make_rule(
-        *(weight, step, lr, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
-        *(maximize, step_mode, projection, radius, columns, seed),
+        *(weight.dtype, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
+        *(maximize, step_mode, projection, radius, columns, seed, lr, step),
     )
     width = weight.shape[1]
-    counts = parallel(
-        *(_update_loop, rows.size, 7 * width * weight.element_size(), rows, first, order),
+    left_out = parallel(
+        *(_update_loop, count, 7 * width * weight.element_size(), rows, first, order),
         *(
-            scratch(4 + NOISE_ROWS, width, weight.dtype),
+            scratch("rows", 4 + NOISE_ROWS, width, compute_type(weight.dtype)),
             prior_rows(prior_mean, prior_std, width // 2, weight.dtype),
         ),
         *draws(noise, noise_seed, sample, width // 2, weight),
-        *(flat(grad_z.contiguous()), grad_kl.contiguous().numpy()),
+        *(grad_z.contiguous(), grad_kl.contiguous()),
         *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
         rule,
     )
+    if left_out < 0:
+        raise_outside(index, weight.shape[0])
     if skipped is not None:
-        skipped += sum(counts)
+        skipped += left_out
