@@ -249,9 +249,7 @@ class SparseAdam(Optimizer):
             state["step"] = state["step"].to(home)
         if group["step_mode"] != "global":
             if "row_step" not in state:
-                state["row_step"] = torch.zeros(
-                    param.shape[0], dtype=torch.int32, device=param.device
-                )
+                state["row_step"] = empty(param.shape[:1], torch.int32, param.device).zero_()
             state["row_step"] = state["row_step"].to(param.device)
         if group["step_mode"] == "dense":
             if "history" not in state:
