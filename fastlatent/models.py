@@ -34,6 +34,7 @@ from fastlatent.functional import prior_tensor, reparameterize_kl
 from fastlatent.inference import Fit, infer
 from fastlatent.optim import PROJECTIONS, SparseAdam
 from fastlatent.priors import Ball, CodePrior, Gaussian, Prior, Sphere
+from fastlatent.samplers import GaussianSampler, PriorSampler, Sampler, within
 from fastlatent.tables import LatentTable, VariationalLatentTable
 
 VARIANCES = ("learned", "fixed", "none")
@@ -126,13 +127,30 @@ class LatentModel(nn.Module):
             return self.decoder(self.encode(index, x))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` new samples [n, *sample_shape], decoded from random codes. No gradient, eval mode.
+        """`n` new samples [n, *sample_shape], decoded from codes that `sampler()` draws.
 
-        VAE and VAD draw codes from the prior. AE and AD have none: they draw from the Gaussian of
-        full covariance that was fitted to the training codes (GLO; Bojanowski et al. 2018).
+        No gradient, eval mode. `fastlatent.samplers` has other samplers.
         """
+        _at_least_one("n", n)
         with _evaluating(self):
-            return self.decoder(self._draw_codes(_at_least_one("n", n), generator))
+            return self.decoder(self.sampler().draw(n, generator))
+
+    @property
+    def prior(self) -> Prior | None:
+        """The distribution of codes that training assumes and that codes can be drawn from."""
+        return None
+
+    def sampler(self) -> Sampler:
+        """What `sample` draws its codes from.
+
+        Of VAE and VAD the prior. AE and AD have none to draw from: the Gaussian of full covariance
+        that was fitted to the training codes (GLO; Bojanowski et al. 2018).
+
+        Raises:
+            RuntimeError: an AE whose Gaussian was not fitted, see `AutoEncoder.fit_sampler`.
+        """
+        assert self.prior is not None
+        return PriorSampler(self.prior, self.prior_mean.new_empty(self.latent_dim))
 
     def optimizers(
         self, lr: float, code_lr: float, *, assume_unique: bool = False
@@ -151,14 +169,6 @@ class LatentModel(nn.Module):
 
     def _network_parameters(self) -> Iterator[nn.Parameter]:
         return self.parameters()
-
-    def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
-        raise NotImplementedError
-
-    def _normal(self, n: int, generator: torch.Generator | None) -> Tensor:
-        device = generator.device if generator is not None else self.device
-        noise = torch.randn(n, self.latent_dim, generator=generator, device=device)
-        return noise.to(self.device)
 
     def _squared_error(self, z: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         difference = self.decoder(z) - x
@@ -276,20 +286,20 @@ class AutoEncoder(_EncoderModel):
                 f"codes must be [M, {self.latent_dim}] with M of at least 1; "
                 f"got {list(codes.shape)}"
             )
-        mean, factor = _gaussian(codes)
-        self.code_mean.copy_(mean)
-        self.code_factor.copy_(factor)
+        fitted = GaussianSampler.fit(codes)
+        self.code_mean.copy_(fitted.mean)
+        self.code_factor.copy_(fitted.factor)
 
     def _refinement(self) -> dict[str, Any]:
         return {}
 
-    def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def sampler(self) -> Sampler:
         if self.code_mean.isnan().any():
             raise RuntimeError(
                 "an auto-encoder has no distribution of codes to sample from until "
                 "fit_sampler(codes) was called with the codes of the training samples"
             )
-        return self.code_mean + self._normal(n, generator) @ self.code_factor.T
+        return GaussianSampler(self.code_mean, self.code_factor)
 
 
 class VariationalAutoEncoder(_EncoderModel):
@@ -343,10 +353,11 @@ class VariationalAutoEncoder(_EncoderModel):
         return Losses(error + self.beta * kl, error, kl)
 
     def _refinement(self) -> dict[str, Any]:
-        return {"prior": _gaussian_prior(self), "variational": True}
+        return {"prior": self.prior, "variational": True}
 
-    def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self.prior_mean + self.prior_std * self._normal(n, generator)
+    @property
+    def prior(self) -> Gaussian:
+        return _gaussian_prior(self)
 
 
 class _TableModel(LatentModel):
@@ -618,9 +629,14 @@ class AutoDecoder(_TableModel):
     def _inference(self) -> dict[str, Any]:
         return {"prior": self._prior()}
 
-    def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
-        mean, factor = _gaussian(self.codes)
-        return self._projected(mean + self._normal(n, generator) @ factor.T)
+    @property
+    def prior(self) -> Ball | Sphere | None:
+        """None also with a code_penalty: the width of its Gaussian hangs on the noise of x."""
+        prior = self._prior()
+        return None if isinstance(prior, Gaussian) else prior
+
+    def sampler(self) -> Sampler:
+        return within(self.prior, GaussianSampler.fit(self.codes))
 
 
 class VariationalAutoDecoder(_TableModel):
@@ -723,10 +739,11 @@ class VariationalAutoDecoder(_TableModel):
             self.codes.copy_(self.prior_mean + self.prior_std * codes.to(self.codes))
 
     def _inference(self) -> dict[str, Any]:
-        return {"prior": _gaussian_prior(self), "variational": self.variance != "none"}
+        return {"prior": self.prior, "variational": self.variance != "none"}
 
-    def _draw_codes(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self.prior_mean + self.prior_std * self._normal(n, generator)
+    @property
+    def prior(self) -> Gaussian:
+        return _gaussian_prior(self)
 
 
 class _Rehearsal:
@@ -787,20 +804,6 @@ def _check_tuning(
 
 def _filled(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0.0)
-
-
-def _gaussian(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and F [D, D] with F Fᵀ = covariance of codes [M, D], by maximum likelihood.
-
-    A symmetric square root, so that codes in a subspace (M <= D, say) need no special case.
-    """
-    if not codes.isfinite().all():
-        raise ValueError("codes must be finite")
-    codes = codes.double()
-    mean = codes.mean(0)
-    values, vectors = torch.linalg.eigh((codes - mean).T @ (codes - mean) / len(codes))
-    factor = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    return mean.float(), factor.float()
 
 
 def _principal_codes(model: _TableModel, data: Tensor | LatentData) -> Tensor:
