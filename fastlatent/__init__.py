@@ -1,20 +1,17 @@
 """fastlatent: train and query auto-decoders.
 
-The core (tables, optimizer, functional) is imported with the package; models, data, inference and
-the comparison on first use, because they bring scikit-learn along.
+Every name is imported on first use, so that the command line answers before PyTorch is loaded. The
+ops `torch.ops.fastlatent` are registered with the first of them, or by `import fastlatent._ops`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastlatent._impl import use_impl
-from fastlatent.functional import reparameterize_kl
-from fastlatent.optim import SparseAdam
-from fastlatent.tables import LatentTable, VariationalLatentTable
-
 if TYPE_CHECKING:
+    from fastlatent._impl import use_impl
     from fastlatent.comparison import Comparison, compare
     from fastlatent.data import LatentData, batches, load_data, split
+    from fastlatent.functional import reparameterize_kl
     from fastlatent.inference import Fit, infer
     from fastlatent.models import (
         AutoDecoder,
@@ -23,12 +20,18 @@ if TYPE_CHECKING:
         VariationalAutoEncoder,
     )
     from fastlatent.networks import build_decoder, build_encoder
+    from fastlatent.optim import SparseAdam
     from fastlatent.storage import load_model, save_model
+    from fastlatent.tables import LatentTable, VariationalLatentTable
     from fastlatent.training import fit
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "_impl": ("use_impl",),
+    "functional": ("reparameterize_kl",),
+    "optim": ("SparseAdam",),
+    "tables": ("LatentTable", "VariationalLatentTable"),
     "comparison": ("Comparison", "compare"),
     "data": ("LatentData", "batches", "load_data", "split"),
     "inference": ("Fit", "infer"),
@@ -75,6 +78,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"fastlatent.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'fastlatent' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fastlatent.{_HOMES[name]}"), name)

@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlatent.cli_infer import infer
+from fastlatent.cli_plan import plan
+from fastlatent.cli_sample import interpolate, sample
+from fastlatent.cli_train import train
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from fastlatent.comparison import Comparison, ModelResult, Progress
+    from fastlatent.studies._run import Progress as StudyProgress
 
 app = typer.Typer(
     name="fastlatent",
@@ -90,6 +94,23 @@ def compare(
         float, typer.Option(help="Share of the samples that is held out.", show_default="1/6")
     ] = 1 / 6,
     seed: Annotated[int, typer.Option(help="Of split, weights, batches, noise and samples.")] = 0,
+    studies: Annotated[
+        list[str],
+        typer.Option(
+            "--study",
+            metavar="NAME",
+            help="Run a study too: sampling, kl, incremental, missing, dimension, cost, or all. "
+            "May be given several times.",
+        ),
+    ] = (),  # type: ignore[assignment]
+    study_seeds: Annotated[int, typer.Option(help="Seeds of each study, from --seed on.")] = 3,
+    study_samples: Annotated[int, typer.Option(help="Samples that a study takes at most.")] = 2_000,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes for the studies.", show_default="one for each core, at most 8"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted comparison in --out.")
     ] = False,
@@ -104,7 +125,8 @@ def compare(
     """Train four models with the same decoder on the same data and compare them.
 
     Auto-encoder, variational auto-encoder, auto-decoder and variational auto-decoder. Writes
-    comparison.json, report.html and figures/*.png into --out. Ctrl-C keeps the finished models.
+    comparison.json, report.html and figures/*.png into --out. Ctrl-C keeps the finished models,
+    and the finished jobs of the studies.
     """
     console = Console(quiet=quiet)
     view: Lines | Live = Live(console) if sys.stdout.isatty() else Lines(console)
@@ -129,18 +151,23 @@ def compare(
                 beta=beta,
                 seed=seed,
                 threads=threads,
+                studies=studies,
+                study_seeds=study_seeds,
+                study_samples=study_samples,
+                workers=workers,
                 resume=resume,
                 overwrite=overwrite,
                 on_progress=view,
             )
     except KeyboardInterrupt:
-        _interrupted(context, out)
+        _interrupted(context, out, view.studies)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         _fail(error)
     _summary(console, comparison, out)
 
 
-app.command()(infer)
+for _command in (train, infer, sample, interpolate, plan):
+    app.command()(_command)
 
 
 class _Clock:
@@ -157,17 +184,34 @@ class _Clock:
         return (now - self.start) * (total - done) / done if done > 0 else None
 
 
+class _Studies:
+    """How far the studies are: jobs that have ended, by study, and the time that remains."""
+
+    def __init__(self) -> None:
+        self.clock = _Clock()
+        self.jobs: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, step: StudyProgress) -> float | None:
+        """Take up a step; the seconds that remain, if they can be foretold."""
+        self.jobs[step.study] = (step.done, step.total)
+        return self.clock.left(step.run_done, step.run_total)
+
+
 class Lines(AbstractContextManager["Lines"]):
-    """Progress as plain lines: start, quarters and end of every model."""
+    """Progress as plain lines: start, quarters and end of every model, tenths of the studies."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.clock = _Clock()
+        self.studies = _Studies()
 
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def __call__(self, step: Progress) -> None:
+    def __call__(self, step: Progress | StudyProgress) -> None:
+        if hasattr(step, "study"):
+            self._of_study(step)
+            return
         left = self.clock.left(step.done, step.total)
         name = _name(step.model)
         if step.stage == "training" and step.epoch == 0:
@@ -185,6 +229,16 @@ class Lines(AbstractContextManager["Lines"]):
         else:
             self._print(f"{name}: {step.stage}, {_result(step.result)}")
 
+    def _of_study(self, step: StudyProgress) -> None:
+        left = self.studies(step)
+        kept = ", kept" if step.kept else ""
+        if step.done == step.total:
+            self._print(f"study {step.study}: all {step.total} jobs finished{kept}")
+        total, done = step.run_total, step.run_done
+        if not step.kept and 10 * done // total > 10 * (done - 1) // total:
+            assert left is not None
+            self._print(f"studies: {done} of {total} jobs, {_duration(left)} left")
+
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -197,6 +251,7 @@ class Live(AbstractContextManager["Live"]):
 
         self.console = console
         self.clock = _Clock()
+        self.studies = _Studies()
         self.bar: Bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -216,7 +271,10 @@ class Live(AbstractContextManager["Live"]):
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def __call__(self, step: Progress) -> None:
+    def __call__(self, step: Progress | StudyProgress) -> None:
+        if hasattr(step, "study"):
+            self._of_study(step)
+            return
         left = self.clock.left(step.done, step.total)
         name = _name(step.model)
         words = {
@@ -237,12 +295,29 @@ class Live(AbstractContextManager["Live"]):
             left="" if left is None else f"{_duration(left)} left",
         )
 
+    def _of_study(self, step: StudyProgress) -> None:
+        left = self.studies(step)
+        if step.done == step.total:
+            kept = " (kept)" if step.kept else ""
+            name = f"study {step.study}"
+            self.console.print(
+                f"[green]✓[/] {name:<25}{step.total} jobs finished{kept}", highlight=False
+            )
+        self.bar.update(
+            self.task,
+            description=f"studies  {step.study} {step.done}/{step.total}",
+            completed=step.run_done,
+            total=step.run_total or None,
+            left="" if left is None else f"{_duration(left)} left",
+        )
+
 
 def _summary(console: Console, comparison: Comparison, out: Path) -> None:
     if console.quiet:
         return
     from fastlatent.figures import MODELS
     from fastlatent.report import headline, table
+    from fastlatent.studies import load
 
     lines = table(comparison)
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -258,6 +333,9 @@ def _summary(console: Console, comparison: Comparison, out: Path) -> None:
     console.print(grid)
     console.print()
     console.print(headline(comparison), style="bold", highlight=False)
+    for name, study in comparison.studies.items():
+        section = load(name).section(study)
+        console.print(f"{section.title}: {section.findings[0]}", highlight=False, markup=False)
     for name in ("report.html", "comparison.json"):
         console.print(str(out / name), highlight=False, soft_wrap=True)
 
@@ -286,7 +364,7 @@ def _widths(text: str) -> list[int]:
         raise ValueError(f"hidden must be numbers such as 128,128; got {text!r}") from None
 
 
-def _interrupted(context: typer.Context, out: Path) -> NoReturn:
+def _interrupted(context: typer.Context, out: Path, studies: _Studies) -> NoReturn:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not (out / "run.json").exists():
         errors.print("interrupted before anything was written")
@@ -295,7 +373,13 @@ def _interrupted(context: typer.Context, out: Path) -> NoReturn:
 
         finished = finished_models(out)
         kept = ", ".join(map(_name, finished)) or "none"
-        errors.print(f"interrupted: {len(finished)} of 4 models are finished ({kept}) and kept")
+        jobs = "".join(
+            f", {done} of {total} jobs of the study {name}"
+            for name, (done, total) in studies.jobs.items()
+        )
+        errors.print(
+            f"interrupted: {len(finished)} of 4 models are finished ({kept}){jobs} and kept"
+        )
         errors.print(f"in {out}. To go on: {_resume_command(context)}", markup=False)
     raise typer.Exit(130)
 
@@ -310,7 +394,12 @@ def _resume_command(context: typer.Context) -> str:
             continue
         if parameter.name in ("resume", "overwrite"):
             continue
-        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+        option = parameter.opts[0]
+        if value is True:
+            words.append(option)
+        else:
+            for part in value if isinstance(value, list | tuple) else (value,):
+                words += [option, str(part)]
     return shlex.join([*words, "--resume"])
 
 

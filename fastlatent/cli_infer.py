@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+from fastlatent._terminal import fail, resume_command
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -85,8 +86,6 @@ def infer(
     Writes codes.npy, reconstructions.npy, status.csv, summary.json and report.html into --out.
     Ctrl-C keeps the finished chunks; --resume goes on from there.
     """
-    from fastlatent.cli import _fail
-
     console = Console(quiet=quiet)
     view: _Lines | _Live = _Live(console) if sys.stdout.isatty() else _Lines(console)
     try:
@@ -119,7 +118,7 @@ def infer(
     except KeyboardInterrupt:
         _interrupted(context, out)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        _fail(error)
+        fail(error)
     results = summary["results"]
     reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in results["reasons"].items())
     console.print(f"{results['samples']} samples: {reasons}", highlight=False, soft_wrap=True)
@@ -187,22 +186,5 @@ def _interrupted(context: typer.Context, out: Path) -> NoReturn:
         errors.print(
             f"interrupted: {kept[0]} of {kept[1]} samples are finished and kept", markup=False
         )
-        errors.print(f"in {out}. To go on: {_resume_command(context)}", markup=False)
+        errors.print(f"in {out}. To go on: {resume_command(context)}", markup=False)
     raise typer.Exit(130)
-
-
-def _resume_command(context: typer.Context) -> str:
-    """The command with the arguments and options that were given, but to resume."""
-    words = ["fastlatent", "infer"]
-    for parameter in context.command.params:
-        source: Any = context.get_parameter_source(parameter.name)
-        value = context.params.get(parameter.name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        if parameter.name in ("resume", "overwrite"):
-            continue
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        else:
-            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
-    return shlex.join([*words, "--resume"])

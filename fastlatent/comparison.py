@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,19 +25,24 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from fastlatent import report
+from fastlatent._build import build_models
 from fastlatent._files import write
 from fastlatent.data import LatentData, batches, load_data, split
 from fastlatent.figures import MODELS
 from fastlatent.inference import Fit
 from fastlatent.models import (
-    AutoDecoder,
     AutoEncoder,
     LatentModel,
     VariationalAutoDecoder,
     VariationalAutoEncoder,
 )
-from fastlatent.networks import build_decoder, build_encoder
 from fastlatent.storage import save_model
+from fastlatent.studies import chosen
+from fastlatent.studies._run import Jobs, run_jobs
+from fastlatent.studies._run import Progress as StudyProgress
+from fastlatent.studies._run import Settings as StudySettings
+from fastlatent.studies._run import forget as forget_studies
+from fastlatent.studies._section import Record
 from fastlatent.training import History, fit
 
 SHOWN = 10
@@ -124,6 +129,7 @@ class Comparison:
             "autodecoder" and "variational_autodecoder".
         originals: held-out samples [K, *sample_shape] beside the pictures of the models.
         labels: labels [M] of the codes in the pictures, or None.
+        studies: results of the studies by name, see `fastlatent.studies`.
     """
 
     data: dict[str, Any]
@@ -132,15 +138,22 @@ class Comparison:
     models: dict[str, ModelResult]
     originals: np.ndarray = field(repr=False, compare=False)
     labels: np.ndarray | None = field(repr=False, compare=False)
+    studies: dict[str, Record] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of comparison.json: "data", "settings", "versions" and "models"."""
-        return {
+        """The content of comparison.json: "data", "settings", "versions", "models" and "studies".
+
+        "studies" is there if there are any.
+        """
+        content = {
             "data": self.data,
             "settings": self.settings,
             "versions": self.versions,
             "models": {key: model.to_json() for key, model in self.models.items()},
         }
+        if self.studies:
+            content["studies"] = {key: study.to_json() for key, study in self.studies.items()}
+        return content
 
     def save(self, out: str | os.PathLike[str]) -> None:
         """Write comparison.json, report.html and figures/*.png into the folder `out`.
@@ -200,9 +213,13 @@ def compare(
     beta: float = 0.01,
     seed: int = 0,
     threads: int = 1,
+    studies: str | Sequence[str] = (),
+    study_seeds: int = 3,
+    study_samples: int = 2_000,
+    workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress | StudyProgress], None] | None = None,
 ) -> Comparison:
     """Train AE, VAE, AD and VAD with the same decoder on the same data and compare them.
 
@@ -235,10 +252,16 @@ def compare(
         seed: of split, initial weights and codes, batches, noise and samples; at least 0.
         threads: that torch computes with during the call. More than one pays for large networks
             only, and where other work keeps the cores busy it costs a small network a multiple.
+        studies: names of `fastlatent.studies.NAMES`, or "all".
+        study_seeds: each study runs with so many seeds, from `seed` on; at least 2.
+        study_samples: that a study works on at most, taken at equal distances; at least 20.
+        workers: processes for the studies; default: one for each core, 8 at most.
         resume: go on with the interrupted (or regenerate the finished) comparison in `out`: models
-            that it holds are not trained again. All settings must be the same.
-        overwrite: replace the comparison in `out`.
-        on_progress: called with a `Progress` at every step of the work.
+            and jobs of studies that it holds are not trained again, and studies that it holds as a
+            whole are reported without being named. All settings must be the same.
+        overwrite: replace the comparison in `out`, its studies included.
+        on_progress: called with a `Progress` at every step of the work, and with a
+            `fastlatent.studies._run.Progress` for every job of a study that ends.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: an illegal argument; data that cannot be read; a
@@ -246,16 +269,34 @@ def compare(
             comparison to resume, or a damaged file in it.
         FileExistsError: `out` holds a comparison, and neither resume nor overwrite is set.
         OSError: `out` cannot be made or written.
+        ChildProcessError: a process of the studies was killed.
         FloatingPointError: a model diverged.
-        KeyboardInterrupt: Ctrl-C; the finished models are kept in `out`.
+        KeyboardInterrupt: Ctrl-C; the finished models and jobs are kept in `out`.
 
-    All errors but the last two come before any training and before anything is written.
+    All errors but the last three come before any training and before anything is written.
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: set one of them")
     if out is None and (resume or overwrite):
         raise ValueError(f"{'resume' if resume else 'overwrite'} needs out, the folder")
-    _check_numbers(epochs, batch_size, seed, threads, lr, code_lr)
+    _check_numbers(
+        {
+            "epochs": (epochs, 1),
+            "batch_size": (batch_size, 1),
+            "seed": (seed, 0),
+            "threads": (threads, 1),
+            "study_seeds": (study_seeds, 2),
+            "study_samples": (study_samples, 20),
+            "workers": (1 if workers is None else workers, 1),
+        },
+        {"lr": lr, "code_lr": code_lr},
+    )
+    wanted = chosen(studies)
+    if wanted and (decoder is not None or encoder is not None):
+        raise ValueError(
+            f"studies={', '.join(wanted)!r} build networks of several sizes themselves: take "
+            "network and hidden in place of a decoder or encoder of your own"
+        )
     samples = load_data(data, root=root, download=download, image_size=image_size, labels=labels)
     train, test = split(samples, test_fraction, seed)
     if hidden is not None and network == "conv":
@@ -265,7 +306,15 @@ def compare(
     options = {} if hidden is None else {"hidden": tuple(hidden)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        models = _build_models(train, decoder, encoder, network, options, latent_dim, beta)
+        models = build_models(
+            train,
+            decoder,
+            encoder,
+            network=network,
+            options=options,
+            latent_dim=latent_dim,
+            beta=beta,
+        )
     built = decoder is None or encoder is None
     settings = {
         "network": network if built else None,
@@ -325,6 +374,25 @@ def compare(
         originals=test.batch(_spread(len(test), SHOWN)).numpy(),
         labels=None if train.labels is None else train.labels[_spread(len(train), MAPPED)].numpy(),
     )
+    if built:
+        study_settings = StudySettings(
+            latent_dim=latent_dim,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            code_lr=code_lr,
+            beta=beta,
+            network=network,
+            hidden=None if hidden is None else tuple(hidden),
+            test_fraction=test_fraction,
+            samples=study_samples,
+            seeds=tuple(range(seed, seed + study_seeds)),
+        )
+        jobs = Jobs(wanted, samples, study_settings, folder)
+        if jobs.to_do and folder is not None and not (folder / "comparison.json").exists():
+            steps.tell("", "report", 0)
+            comparison.save(folder)
+        comparison = replace(comparison, studies=run_jobs(jobs, workers, on_progress))
     if folder is not None:
         steps.tell("", "report", 0)
         comparison.save(folder)
@@ -380,66 +448,6 @@ class _Steps:
 
     def epoch_of(self, model: str) -> Callable[[int, History], None]:
         return lambda epoch, history: self.tell(model, "training", epoch, history.mse[-1])
-
-
-class _WithHead(nn.Module):
-    """A user's encoder [B, D] and a linear layer that makes mean | log-variance of its output."""
-
-    def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(latent_dim, 2 * latent_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
-
-
-def _build_models(
-    train: LatentData,
-    decoder: nn.Module | None,
-    encoder: nn.Module | Callable[[int], nn.Module] | None,
-    network: str,
-    options: dict[str, Any],
-    latent_dim: int,
-    beta: float,
-) -> dict[str, LatentModel]:
-    shape = train.sample_shape
-    if decoder is None:
-        low, high = train.value_range
-        output = "sigmoid" if low >= 0 and high <= 1 else "linear"
-        decoder = build_decoder(network, latent_dim, shape, output=output, **options)
-    elif not isinstance(decoder, nn.Module):
-        raise TypeError(f"decoder must be a torch.nn.Module; got {type(decoder).__name__}")
-    if encoder is None:
-        encoders = [build_encoder(network, shape, n * latent_dim, **options) for n in (1, 2)]
-    elif isinstance(encoder, nn.Module):
-        encoders = [
-            copy.deepcopy(encoder),
-            _WithHead(copy.deepcopy(encoder), latent_dim),
-        ]
-    else:
-        encoders = [encoder(latent_dim), encoder(2 * latent_dim)]
-
-    def same() -> nn.Module:
-        return copy.deepcopy(decoder)
-
-    autodecoder = AutoDecoder(same(), len(train), latent_dim)
-    if autodecoder.sample_shape != tuple(shape):
-        raise ValueError(
-            f"the decoder makes samples of shape {autodecoder.sample_shape}, but those of "
-            f"{train.name} have shape {tuple(shape)}"
-        )
-    models = {
-        "autoencoder": AutoEncoder(same(), encoders[0], latent_dim),
-        "variational_autoencoder": VariationalAutoEncoder(
-            same(), encoders[1], latent_dim, beta=beta
-        ),
-        "autodecoder": autodecoder,
-        "variational_autodecoder": VariationalAutoDecoder(
-            same(), len(train), latent_dim, beta=beta
-        ),
-    }
-    return {key: model.to(autodecoder.device) for key, model in models.items()}
 
 
 def _warm_up(
@@ -648,6 +656,7 @@ def _open(
             _model_file(folder, key, "json").unlink(missing_ok=True)
             _model_file(folder, key, "safetensors").unlink(missing_ok=True)
             shutil.rmtree(folder / "models" / key, ignore_errors=True)
+        forget_studies(folder)
     os.replace(ready, written)
     return kept
 
@@ -717,17 +726,10 @@ def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def _check_numbers(
-    epochs: int, batch_size: int, seed: int, threads: int, lr: float, code_lr: float
-) -> None:
-    for name, value, least in (
-        ("epochs", epochs, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("threads", threads, 1),
-    ):
+def _check_numbers(counts: dict[str, tuple[int, int]], rates: dict[str, float]) -> None:
+    for name, (value, least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-    for name, rate in (("lr", lr), ("code_lr", code_lr)):
+    for name, rate in rates.items():
         if not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise ValueError(f"{name} must be a finite number above 0; got {rate!r}")

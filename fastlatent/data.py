@@ -20,9 +20,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastlatent.patches import PatchSamples, sample_photographs
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TORCHVISION_SETS = ("MNIST", "FashionMNIST", "CIFAR10", "SVHN", "CelebA")
-DATA_NAMES = ("digits", *TORCHVISION_SETS)
+DATA_NAMES = ("digits", "patches", *TORCHVISION_SETS)
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _SCAN_BYTES = 2**24
@@ -58,6 +60,8 @@ class LatentData(Dataset[tuple[int, Tensor]]):
             A subset keeps the range of the data it was taken from.
         image: True if samples are pictures: shape ``(C, H, W)`` with C in (1, 3, 4) and all values
             in [0, 1].
+        held_out: int64 rows, in order, that the data themselves hold out because random ones would
+            share pixels with the rest ("patches"); None for all other data. `split` keeps to them.
     """
 
     def __init__(
@@ -66,10 +70,12 @@ class LatentData(Dataset[tuple[int, Tensor]]):
         *,
         name: str,
         labels: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: Tensor | _AllBut | None = None,
+        held_out: Tensor | None = None,
     ) -> None:
         self.name = name
         self.labels = labels
+        self.held_out = held_out
         self._samples = samples
         self._rows = rows
 
@@ -137,7 +143,43 @@ class LatentData(Dataset[tuple[int, Tensor]]):
             raise ValueError(f"rows is empty: a subset of {self.name} needs at least one sample")
         labels = None if self.labels is None else self.labels[rows]
         kept = rows.clone() if self._rows is None else self._rows[rows]
-        return LatentData(self._samples, name=name or self.name, labels=labels, rows=kept)
+        held_out = self.held_out
+        if held_out is not None:
+            held_out = torch.isin(rows, held_out).nonzero()[:, 0]
+        return LatentData(
+            self._samples, name=name or self.name, labels=labels, rows=kept, held_out=held_out
+        )
+
+    def _without(self, rows: Tensor, name: str) -> LatentData:
+        """The samples but the sorted, distinct ``rows``, which hold all of ``held_out``.
+
+        Where these data are whole it takes memory for ``rows`` only (and for the labels).
+        """
+        others = _AllBut(rows, len(self))
+        if self._rows is not None:
+            return self.subset(others[torch.arange(len(others))], name)
+        labels = self.labels
+        if labels is not None:
+            kept = torch.ones(len(self), dtype=torch.bool)
+            kept[rows] = False
+            labels = labels[kept]
+        held_out = None if self.held_out is None else rows[:0]
+        return LatentData(self._samples, name=name, labels=labels, rows=others, held_out=held_out)
+
+
+class _AllBut:
+    """The rows 0 .. length - 1 without a few; takes memory for these only."""
+
+    def __init__(self, few: Tensor, length: int) -> None:
+        self._length = length - len(few)
+        # how many rows are kept before each of the few
+        self._before = few.numpy() - np.arange(len(few))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return index + torch.from_numpy(np.searchsorted(self._before, index.numpy(), "right"))
 
 
 def load_data(
@@ -155,6 +197,9 @@ def load_data(
     ``source`` is one of
 
     - ``"digits"``: scikit-learn's 1,797 digits, ``(1, 8, 8)``, values in [0, 1], ten classes;
+    - ``"patches"``: the 8 x 8 patches of scikit-learn's two sample photographs, ``(3, 8, 8)``, RGB
+      divided by 255: 1,413,684 for training, mirrored ones among them, and 38,988 from regions that
+      no training patch overlaps (``held_out``). Labels are the photographs. Read through a view;
     - ``"MNIST"``, ``"FashionMNIST"``, ``"CIFAR10"``, ``"SVHN"`` or ``"CelebA"`` (any case), read by
       torchvision from ``root``. CelebA's pictures are decoded when they are read, and its labels
       are the attribute "Smiling" (0 or 1);
@@ -213,6 +258,8 @@ def load_data(
 
     if name == "digits":
         data = _load_digits()
+    elif name == "patches":
+        data = _load_patches()
     elif name is not None:
         data = _load_torchvision(name, Path(root or "data"), download, part, size, channels)
     elif isinstance(source, str | os.PathLike):
@@ -239,7 +286,13 @@ def load_data(
         )
     if labels is not None:
         checked = _checked_labels(labels, len(data), "labels")
-        data = LatentData(data._samples, name=data.name, labels=checked, rows=data._rows)
+        data = LatentData(
+            data._samples,
+            name=data.name,
+            labels=checked,
+            rows=data._rows,
+            held_out=data.held_out,
+        )
     return data
 
 
@@ -249,9 +302,11 @@ def split(
     """Split into disjoint (train, test) subsets that together hold every sample once.
 
     The test subset holds ``round(N * test_fraction)`` samples, at least 1 and at most N - 1, drawn
-    by ``seed`` alone; both subsets keep the order of the data.
+    by ``seed`` alone; both subsets keep the order of the data. Data that hold samples out
+    themselves (``held_out``) are split there, whatever test_fraction and seed are.
 
-    Raises TypeError or ValueError unless ``0 < test_fraction < 1`` and the data hold two samples.
+    Raises TypeError or ValueError unless ``0 < test_fraction < 1`` and the data hold two samples;
+    ValueError also for data with ``held_out`` of which a subset has left only one part.
     """
     if isinstance(test_fraction, bool) or not isinstance(test_fraction, int | float):
         raise TypeError(f"test_fraction must be a float, not {type(test_fraction).__name__}")
@@ -261,10 +316,37 @@ def split(
         )
     if len(data) < 2:
         raise ValueError(f"{data.name} has {len(data)} sample: a split needs at least two")
+    if data.held_out is not None:
+        return _divided(data, data.held_out)
     num_test = min(max(round(len(data) * test_fraction), 1), len(data) - 1)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:num_test].sort().values, order[num_test:].sort().values
-    return data.subset(train, f"{data.name}/train"), data.subset(test, f"{data.name}/test")
+    return _divided(data, order[:num_test].sort().values)
+
+
+def hold_out(data: LatentData, count: int, seed: int = 0) -> tuple[LatentData, LatentData]:
+    """As `split`, for data of any size: hold out a number of samples, at the memory of those.
+
+    Raises ValueError unless ``1 <= count < len(data)``, and as `split` for data with ``held_out``,
+    to which count does not apply.
+    """
+    if data.held_out is not None:
+        return _divided(data, data.held_out)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < len(data):
+        raise ValueError(
+            f"count must be an integer from 1 to {len(data) - 1}, as {data.name} has {len(data)} "
+            f"samples; got {count!r}"
+        )
+    drawn = np.random.default_rng(seed).choice(len(data), count, replace=False, shuffle=False)
+    return _divided(data, torch.from_numpy(drawn).sort().values)
+
+
+def _divided(data: LatentData, test: Tensor) -> tuple[LatentData, LatentData]:
+    if not 0 < len(test) < len(data):
+        raise ValueError(
+            f"{data.name} has fixed held-out samples, and of the {len(data)} here {len(test)} are "
+            "among them: take a subset with some of both parts, or train on it as it is"
+        )
+    return data._without(test, f"{data.name}/train"), data.subset(test, f"{data.name}/test")
 
 
 def batches(
@@ -448,6 +530,16 @@ def _load_digits() -> LatentData:
     images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8)
     labels = torch.from_numpy(target.astype(np.int64))
     return LatentData(_ArraySamples(images, "digits"), name="digits", labels=labels)
+
+
+def _load_patches() -> LatentData:
+    samples = PatchSamples(sample_photographs())
+    return LatentData(
+        samples,
+        name="patches",
+        labels=torch.from_numpy(samples.photograph()),
+        held_out=torch.arange(samples.training, len(samples)),
+    )
 
 
 def _load_path(

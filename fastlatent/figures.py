@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
 
@@ -52,6 +52,7 @@ CLASSES = (
     "#8c6d5a", "#d179a8", "#7b8087", "#a9a33a", "#2fa3ad",
 )  # fmt: skip
 WIDTH = 4.6
+WIDE = 9.6
 _SMALL, _TEXT = 8.5, 9.5
 
 
@@ -214,6 +215,63 @@ def code_map(points: np.ndarray, labels: np.ndarray | None, colour: str) -> Figu
     return figure
 
 
+def panels(columns: int, height: float = 3.1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page, with empty panels side by side, in the style of the report.
+
+    Draw with the colours of `MODELS` and `INKS` only: a drawing is made to follow the page's light
+    or dark scheme by their values.
+    """
+    figure = Figure(figsize=(WIDE, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        _plain_axes(axes)
+        axes.grid(True, axis="y", color=_ink("rule"), lw=0.8)
+    return figure, list(grid.flat)
+
+
+def spread(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Any], key: str, **style: Any
+) -> None:
+    """The means of estimates against x as the line of a model, and the seeds' range as a band.
+
+    `key` is one of `MODELS`; `style` goes to the line.
+    """
+    look = MODELS[key]
+    line = {"ls": (0, (4, 1.5)) if look.dashed else "-", "label": look.short, "marker": "o"}
+    axes.plot(x, [e.mean for e in estimates], color=look.light, lw=1.8, ms=4, **{**line, **style})
+    low, high = [e.minimum for e in estimates], [e.maximum for e in estimates]
+    axes.fill_between(x, low, high, color=look.light, alpha=0.18, lw=0)
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """A panel's heading and the names of its axes."""
+    axes.set_title(title, loc="left", size=_TEXT, color=_ink("ink"), weight="bold")
+    axes.set_xlabel(x, color=_ink("muted"), size=_SMALL)
+    axes.set_ylabel(y, color=_ink("muted"), size=_SMALL)
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Numbers instead of powers of ten on logarithmic axes, at 1, 2, 5 where there are few tens.
+
+    To be called when all is drawn.
+    """
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() != "log":
+            continue
+        low, high = sorted(axis.get_view_interval())
+        if high < 200 * low:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """A panel's legend in the style of the report."""
+    style = {"frameon": False, "fontsize": _SMALL, "labelcolor": _ink("ink"), "handlelength": 2.4}
+    axes.legend(**{**style, **options})
+
+
 def class_colours(count: int) -> list[str]:
     """One colour per class, the first ten chosen to be told apart on white and on black."""
     if count <= len(CLASSES):
@@ -292,6 +350,11 @@ def svg(figure: Figure, name: str) -> str:
 def _panel(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
+    _plain_axes(axes)
+    return figure, axes
+
+
+def _plain_axes(axes: Axes) -> None:
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -301,7 +364,6 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     axes.tick_params(
         which="both", color=_ink("rule"), labelcolor=_ink("muted"), labelsize=_SMALL, length=3
     )
-    return figure, axes
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str, str]]) -> None:

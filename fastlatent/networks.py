@@ -52,6 +52,8 @@ class MLPDecoder(nn.Module):
         sample_shape: shape of one sample, any number of dimensions.
         hidden: widths of the hidden layers, from code to sample; SiLU between the layers.
         output: "sigmoid" for data in [0, 1], "linear" for any other data.
+        linear_path: add a linear map of z to what the layers make of it (before the sigmoid). The
+            last layer starts at zero, and with it the decoder as that linear map.
 
     Raises:
         ValueError: a size below 1, or an unknown `output`.
@@ -63,6 +65,7 @@ class MLPDecoder(nn.Module):
         sample_shape: Sequence[int],
         hidden: Sequence[int] = (128, 128),
         output: str = "sigmoid",
+        linear_path: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("output", output, OUTPUTS)
@@ -70,12 +73,20 @@ class MLPDecoder(nn.Module):
         self.sample_shape = _check_sample_shape(sample_shape)
         self.hidden = _check_sizes("hidden", hidden)
         self.output = output
+        self.linear_path = linear_path
         widths = (self.latent_dim, *self.hidden, math.prod(self.sample_shape))
         self.layers = _linear_layers(widths)
+        if linear_path:
+            self.linear = nn.Linear(widths[0], widths[-1])
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, z: Tensor) -> Tensor:
         _check_shape("z", z, (self.latent_dim,))
-        x = self.layers(z).unflatten(-1, self.sample_shape)
+        x = self.layers(z)
+        if self.linear_path:
+            x = x + self.linear(z)
+        x = x.unflatten(-1, self.sample_shape)
         return x.sigmoid() if self.output == "sigmoid" else x
 
 

@@ -16,13 +16,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from fastlatent import figures
+from fastlatent import figures, studies
 from fastlatent.figures import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fastlatent.comparison import Comparison, ModelResult
+    from fastlatent.studies._section import Record
+    from fastlatent.studies._section import Section as StudySection
 
 # one run has no error bar; below this relative difference the words call two figures level
 LEVEL = 0.02
@@ -81,9 +83,19 @@ class Finding:
     winner: str | None = None
 
 
+@dataclass(frozen=True)
+class StudyPart:
+    """What a study adds to the page: its section, and the section's figure as drawn."""
+
+    key: str
+    section: StudySection
+    picture: Picture
+
+
 def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
     """The page and the PNG files (name without folder -> bytes) of a comparison."""
     sections = [build(comparison) for build in SECTIONS]
+    parts = [_study(name, study) for name, study in comparison.studies.items()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -98,6 +110,7 @@ def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
         findings=findings(comparison),
         table=table(comparison),
         sections=sections,
+        studies=parts,
         models=MODELS,
         inks=figures.INKS,
         unit=_unit(comparison),
@@ -106,7 +119,8 @@ def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
         settings=comparison.settings,
         versions=comparison.versions,
     )
-    files = {f"{p.name}.png": p.file for section in sections for p in section.pictures}
+    pictures = [p for section in sections for p in section.pictures]
+    files = {p.name + ".png": p.file for p in [*pictures, *(part.picture for part in parts)]}
     for section in sections:
         files.update(section.files)
     return page, files
@@ -402,7 +416,9 @@ def _section_samples(c: Comparison) -> Section:
         "their prior. The other two have none: a Gaussian with full covariance is fitted to their "
         "training codes.",
         rows=tuple(page_rows),
-        caption="To be looked at: this run puts no figure on the quality of samples.",
+        caption="The section on sampling puts figures on their quality."
+        if "sampling" in c.studies
+        else "To be looked at: this run puts no figure on the quality of samples.",
         files={"samples.png": figures.png(figures.rows(strips))},
     )
 
@@ -447,7 +463,6 @@ def _section_codes(c: Comparison) -> Section:
     )
 
 
-# a study adds its section by a function here
 SECTIONS: list[Callable[[Comparison], Section]] = [
     _section_errors,
     _section_curves,
@@ -455,6 +470,12 @@ SECTIONS: list[Callable[[Comparison], Section]] = [
     _section_samples,
     _section_codes,
 ]
+
+
+def _study(name: str, study: Record) -> StudyPart:
+    section = studies.load(name).section(study)
+    picture = _drawn(f"study-{name}", section.title, section.caption, section.figure)
+    return StudyPart(name, section, picture)
 
 
 @dataclass(frozen=True)
@@ -581,7 +602,15 @@ def _method(c: Comparison) -> list[str]:
         "Times are of this machine. Encoding time is that of all held-out samples in one call, "
         "divided by their number. Training time leaves out compiling and measuring.",
         f"One run with seed {c.settings['seed']}: there are no error bars, and differences up to "
-        f"{LEVEL:.0%} are called level.",
+        f"{LEVEL:.0%} are called level."
+        + (
+            " The studies were run with several seeds each, which also split the data anew: "
+            "figures are means, with the range of the seeds in brackets, and two errors are called "
+            "different where the 95% interval of their ratio leaves out 1 and its mean is "
+            f"{LEVEL:.0%} or more away from it."
+            if c.studies
+            else ""
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastlatent.data import LatentData, batches
 from fastlatent.models import LatentModel, Losses
@@ -22,7 +24,7 @@ class History:
         epoch: 1, 2, ...
         seconds: training time since the start, without the time spent in `on_epoch`.
         loss: mean total loss of a sample (see `LatentModel.loss`).
-        mse: mean squared error of a dimension (a pixel).
+        mse: mean squared error of an observed dimension (a pixel).
         kl: mean KL divergence of a sample in nats; 0 for AE and AD.
 
     loss, mse and kl are running means over the epoch: each batch is measured before its own update.
@@ -44,6 +46,7 @@ def fit(
     lr: float,
     code_lr: float,
     seed: int = 0,
+    mask: Tensor | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> History:
     """Train a model in place; every sample is seen once an epoch, the last smaller batch included.
@@ -60,14 +63,22 @@ def fit(
         lr: Adam's learning rate for decoder and encoder.
         code_lr: SparseAdam's learning rate for the codes of a table.
         seed: integer of at least 0.
+        mask: bool [len(data), *sample_shape], True where a sample is observed, the same in every
+            epoch: nothing else of the data reaches the model, see `LatentModel.loss`. None:
+            everything is observed.
         on_epoch: called as on_epoch(epoch, history) after each epoch, the first epoch being 1.
 
     Raises:
-        ValueError: no data, data of another shape or length than the model's, or a bad number.
+        ValueError: no data, data of another shape or length than the model's, a bad number, or a
+            mask of another shape or that observes nothing.
+        TypeError: a mask that is not bool.
         FloatingPointError: a loss that is not finite; names the epoch and the batch, whose update
             is not made.
     """
     _check(model, data, epochs, batch_size, seed)
+    observed = len(data) * math.prod(model.sample_shape)
+    if mask is not None:
+        observed = _observed(mask, (len(data), *model.sample_shape))
     # SparseAdam draws a seed of its own
     with _seeded(seed, 0, model.device):
         optimizers = model.optimizers(lr, code_lr, assume_unique=True)
@@ -78,14 +89,14 @@ def fit(
     try:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
-            sums = _train_epoch(model, data, optimizers, epoch, batch_size, seed)
+            sums = _train_epoch(model, data, optimizers, epoch, batch_size, seed, mask)
             seconds += time.perf_counter() - start
-            loss, error, kl = (float(value) / len(data) for value in sums)
+            loss, error, kl = sums.tolist()
             history.epoch.append(epoch)
             history.seconds.append(seconds)
-            history.loss.append(loss)
-            history.mse.append(error / np.prod(model.sample_shape).item())
-            history.kl.append(kl)
+            history.loss.append(loss / len(data))
+            history.mse.append(error / observed)
+            history.kl.append(kl / len(data))
             if on_epoch is not None:
                 on_epoch(epoch, history)
     finally:
@@ -102,7 +113,8 @@ def _train_epoch(
     epoch: int,
     batch_size: int,
     seed: int,
-) -> torch.Tensor:
+    mask: Tensor | None,
+) -> Tensor:
     """One pass over the data; the sums of total, reconstruction and kl over all samples."""
     device = model.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -110,7 +122,8 @@ def _train_epoch(
         for number, (index, x) in enumerate(
             batches(data, batch_size, shuffle=True, generator=order), start=1
         ):
-            losses = model.loss(index.to(device), x.to(device))
+            seen = None if mask is None else mask[index.to(mask.device)].to(device)
+            losses = model.loss(index.to(device), x.to(device), seen)
             _check_finite(losses, epoch, number)
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -140,6 +153,19 @@ def _check_finite(losses: Losses, epoch: int, batch: int) -> None:
             f"the loss of {int(bad.sum())} of {bad.numel()} samples is not finite in epoch "
             f"{epoch}, batch {batch}: look for NaN or infinity in the data, or lower lr and code_lr"
         )
+
+
+def _observed(mask: Tensor, shape: tuple[int, ...]) -> int:
+    """How many values the mask observes."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a sample is observed; got {mask.dtype}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"mask must have the shape {list(shape)} of the data; got {list(mask.shape)}"
+        )
+    if not mask.any():
+        raise ValueError("mask is False everywhere: nothing is observed to train on")
+    return int(mask.sum())
 
 
 def _check(model: LatentModel, data: LatentData, epochs: int, batch_size: int, seed: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlatent import cli
+from fastlatent import cli, models
 from fastlatent.report import headline
 
 KEYS = ["autoencoder", "variational_autoencoder", "autodecoder", "variational_autodecoder"]
@@ -54,7 +54,7 @@ def plain(text):
 def interrupt(monkeypatch, model, error=KeyboardInterrupt):
     """Make the training of this model fail when it begins."""
     whole = module.fit
-    kind = getattr(module, model)
+    kind = getattr(models, model)
 
     def fit(trained, *rest, **options):
         if isinstance(trained, kind):
@@ -218,7 +218,7 @@ def test_help_as_a_module_names_every_option():
     ).stdout
     for option in inspect.signature(cli.compare).parameters:
         if option != "context":
-            assert f"--{option.replace('_', '-')}" in shown
+            assert f"--{option.replace('_', '-').replace('studies', 'study')}" in shown
 
 
 def test_live_bar_shows_the_remaining_time_and_finished_models(array, monkeypatch):

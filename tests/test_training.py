@@ -236,3 +236,58 @@ def test_bad_data(data):
     wide = load_data(torch.rand(70, 1, 5, 5))
     with pytest.raises(ValueError, match=r"x has shape \(16, 1, 5, 5\), but the decoder makes"):
         fit(model, wide, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_mask_hides_changes_nothing(kind, data):
+    mask = torch.rand(70, *data.sample_shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[11] = False
+    x = data.tensor()
+    models, histories = [], []
+    for hidden in (0.25, 0.75):
+        models.append(make(kind, data))
+        shown = load_data(torch.where(mask, x, hidden))
+        histories.append(fit(models[-1], shown, **LONGER, mask=mask))
+    assert same(*map(weights, models))
+    assert histories[0].loss == histories[1].loss and histories[0].mse == histories[1].mse
+    unmasked = make(kind, data)
+    fit(unmasked, data, **LONGER)
+    assert not same(weights(models[0]), weights(unmasked))
+
+
+@pytest.mark.parametrize("kind", ["ae", "vad"])
+def test_a_mask_of_everything_is_no_mask(kind, data):
+    plain, masked = make(kind, data), make(kind, data)
+    everything = torch.ones(70, *data.sample_shape, dtype=torch.bool)
+    histories = [fit(plain, data, **OPTIONS), fit(masked, data, **OPTIONS, mask=everything)]
+    assert same(weights(plain), weights(masked))
+    assert histories[0].mse == histories[1].mse
+
+
+def test_mse_under_a_mask_is_per_observed_value(data):
+    """In one batch and one epoch the error is that of the model as it was."""
+    model = make("ae", data)
+    x, mask = data.tensor(), torch.rand(70, *data.sample_shape) < 0.3
+    with torch.no_grad():
+        error = (model.decoder(model.encoder(torch.where(mask, x, 0.0))) - x)[mask]
+    options = {**OPTIONS, "epochs": 1, "batch_size": 70}
+    found = fit(model, data, **options, mask=mask).mse[0]
+    # sums of squares of 64 float32 numbers, each rounded once, in two orders
+    budget = 2 * 64 * torch.finfo(torch.float32).eps
+    assert math.isclose(found, error.double().square().mean().item(), rel_tol=budget)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "message"),
+    [
+        (torch.ones(70, 1, 8, 8), TypeError, "mask must be bool, .* got torch.float32"),
+        (torch.ones(70, 8, 8) > 0, ValueError, r"shape \[70, 1, 8, 8\] .* got \[70, 8, 8\]"),
+        (torch.zeros(70, 1, 8, 8) > 0, ValueError, "mask is False everywhere"),
+    ],
+)
+def test_bad_masks(mask, kind, message, data):
+    model = make("ad", data)
+    before = weights(model)
+    with pytest.raises(kind, match=message):
+        fit(model, data, **OPTIONS, mask=mask)
+    assert same(weights(model), before)
