@@ -81,7 +81,10 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One launch, its elements and bytes for a row by the design, and the passes of its loops."""
+    """One launch, the bytes of a row by the design, the passes of its loops, and its rows.
+
+    ``rows``: what a program works on; by default the ROWS of its tile.
+    """
 
     kernel: str
     options: str
@@ -90,6 +93,7 @@ class Case:
     launch: Launch
     row_bytes: int
     passes: int = 0
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +139,12 @@ class Report:
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The kernel as this launch would compile it, on a machine without that device."""
     backend = make_backend(target)
-    kernel = launch.kernel
+    kernel, arguments = launch.kernel, dict(launch.arguments)
+    if "HARDWARE" in arguments:
+        arguments["HARDWARE"] = target.backend == "cuda"
     options = {"num_warps": launch.warps, "debug": False, **OPTIONS}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, given = bind(**launch.arguments, **options)
+    bound, specialization, given = bind(**arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, given
     )
@@ -198,12 +204,13 @@ def inspect(case: Case, target: str) -> Report:
     accesses = [code for code, _ in opcodes if code.startswith(("LDG", "STG"))]
     wide = sum(".128" in code for code in accesses)
     threads = 32 * case.launch.warps
+    rows = case.rows or case.launch.arguments["ROWS"]
     return Report(
         *(case.kernel, case.options, case.columns, case.dtype, target),
         *(usage["REG"], usage["LOCAL"], usage["STACK"], wide, len(accesses) - wide),
         16 * wide * threads,
         *({**count, "issue": sum(count.values())} for count in counts),
-        *(case.passes, case.launch.arguments["ROWS"] * case.columns / threads, case.row_bytes),
+        *(case.passes, rows * case.columns / threads, case.row_bytes),
     )
 
 
@@ -286,10 +293,11 @@ def cases(columns: int, dtype: torch.dtype, every_option: bool) -> Iterator[Case
     grad_kl = _meta(_BATCH)
     counter = _meta(dtype=_INT64)
     table = _meta(_ROWS, columns, dtype=dtype)
-    pair = _meta(_ROWS, 2 * columns, dtype=dtype).chunk(2, 1)
+    pair = _meta(_ROWS, 2 * columns, dtype=dtype)
+    gradients = _meta(_BATCH, 2 * columns, dtype=dtype)
 
-    def case(kernel: str, options: str, launch: Launch, values: int, passes: int = 0) -> Case:
-        return Case(kernel, options, columns, name, launch, values, passes)
+    def case(kernel: str, options: str, launch: Launch, row_bytes: int, *more: int) -> Case:
+        return Case(kernel, options, columns, name, launch, row_bytes, *more)
 
     launch = gather.plan(gradient, table, index, counter)
     yield case("gather", "", launch, 2 * columns * size)
@@ -305,32 +313,44 @@ def cases(columns: int, dtype: torch.dtype, every_option: bool) -> Iterator[Case
         yield case("adam", options, launch, columns * (3 * size + 4 * moment), passes)
         tables = _tables(2 * columns, dtype, choice)
         draw = _draw(columns, dtype, {})
-        launch = variational.plan(*tables, index, gradient, grad_kl, runs, *draw, *rule)
+        sums = None if runs is None else _meta(_BATCH, 2 * columns + 4)
+        launch = variational.plan(*tables, index, gradient, grad_kl, runs, sums, *draw, *rule)
         yield case("update", options, launch, columns * (5 * size + 8 * moment), passes)
         if runs is not None:
+            launch = variational.plan_level_one(runs, sums, gradient, grad_kl, *draw)
+            fan_in = duplicates.FAN_IN
+            parts = fan_in // launch.arguments["ROWS"]
+            yield case("chunks", "of the update", launch, columns * size, parts, fan_in)
             for level, launch in enumerate(duplicates.plan_chunks(runs, gradient, chunks)):
-                yield case("chunks", f"level {level + 1}", launch, columns * size)
+                options = f"level {level + 1}"
+                yield case("chunks", options, launch, columns * size, 0, fan_in)
         if options == "dense":
-            launch = adam.plan_catch_up(
-                *(*_tables(columns, dtype, choice), _runs(), rule[0], rule[2]),
-                *(*rule[6:10], *rule[12:]),
-            )
-            yield case("catch up", "", launch, columns * (2 * size + 4 * moment))
+            for kind, runs in (("unique", None), ("duplicates", _runs())):
+                launch = adam.plan_catch_up(
+                    *(*_tables(columns, dtype, choice), index, runs, rule[0], rule[2]),
+                    *(*rule[6:10], *rule[12:]),
+                )
+                yield case("catch up", kind, launch, columns * (2 * size + 4 * moment))
         if not every_option:
             break
     for options, choice in _DRAWS.items():
         draw = _draw(columns, dtype, choice)
         noise = columns * size if choice.get("given") else 0
-        for kind, rows, where in (("", (gradient, gradient), None), ("table, ", pair, index)):
+        for kind, rows, where in (
+            ("", (gradient, gradient), None),
+            ("table, ", (pair, None), index),
+        ):
             launch = reparameterize.plan_forward(
                 gradient, grad_kl, *rows, where, None if where is None else counter, *draw
             )
             yield case("forward", kind + options, launch, 3 * columns * size + noise)
-            launch = reparameterize.plan_backward(*pair, gradient, grad_kl, *rows, where, *draw)
+            launch = reparameterize.plan_backward(
+                gradients, None, gradient, grad_kl, *rows, where, *draw
+            )
             yield case("backward", kind + options, launch, 5 * columns * size + noise)
         launch = variational.plan(
             *_tables(2 * columns, dtype, {}),
-            *(index, gradient, grad_kl, None, *draw, *_rule(columns, {})),
+            *(index, gradient, grad_kl, None, None, *draw, *_rule(columns, {})),
         )
         if choice:
             yield case("update", options, launch, columns * (5 * size + 8 * 4) + noise)
@@ -341,7 +361,7 @@ def cases(columns: int, dtype: torch.dtype, every_option: bool) -> Iterator[Case
 def matrix() -> Iterator[tuple[Case, str]]:
     """Everything that the command looks at."""
     for dtype in (torch.float32, torch.bfloat16):
-        for columns in (32, 64, 100, 128, 256, 1024):
+        for columns in (32, 64, 100, 256, 1024):
             for case in cases(columns, dtype, every_option=columns == 64):
                 for target in TARGETS:
                     yield case, target

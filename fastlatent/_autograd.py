@@ -152,7 +152,7 @@ class VariationalGather(torch.autograd.Function):
                 "its rows again: run backward() before the next optimizer step"
             )
         draw = (prior_mean, prior_std, seed, noise, ctx.sample)
-        gradients = (grad_z.contiguous(), grad_kl.contiguous())
+        gradients = (grad_z.contiguous(), grad_kl)
         if ctx.sink is not None:
             ctx.sink.variational_backward(ctx.token, index, *gradients, *draw)
             return (None,) * 10
@@ -182,7 +182,7 @@ class ReparameterizeKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _ops.reparameterize_kl_backward(
-            grad_z.contiguous(), grad_kl.contiguous(), *ctx.saved_tensors, True, ctx.impl
+            grad_z.contiguous(), grad_kl, *ctx.saved_tensors, True, ctx.impl
         )
         return (*gradients, *(None,) * 5)
 
@@ -201,7 +201,7 @@ def _variational_lookup_backward(
 ) -> tuple[Tensor | None, ...]:
     weight, index, *draw, impl = ctx.inputs
     rows = _ops.variational_gather_backward(
-        grad_z.contiguous(), grad_kl.contiguous(), weight.detach(), index, *draw, impl
+        grad_z.contiguous(), grad_kl, weight.detach(), index, *draw, impl
     )
     return (_sparse(index, rows, weight.shape), *(None,) * 7)
 
@@ -210,9 +210,7 @@ def _reparameterize_backward(
     ctx: Any, grad_z: Tensor, grad_kl: Tensor
 ) -> tuple[Tensor | None, ...]:
     *operands, impl = ctx.inputs
-    gradients = _ops.reparameterize_kl_backward(
-        grad_z.contiguous(), grad_kl.contiguous(), *operands, True, impl
-    )
+    gradients = _ops.reparameterize_kl_backward(grad_z.contiguous(), grad_kl, *operands, True, impl)
     return (*gradients, *(None,) * 5)
 
 
@@ -240,7 +238,7 @@ def _variational_lookup_update_backward(
     _, weight, *update, index, mean, std, seed, noise, sample, impl = ctx.inputs
     state, options = _split_update(update)
     _ops.variational_adam_rows_(
-        *(weight, *state, index, grad_z.contiguous(), grad_kl.contiguous()),
+        *(weight, *state, index, grad_z.contiguous(), grad_kl),
         *(mean, std, seed, noise, sample, *options, impl),
     )
     return (None,) * len(ctx.inputs)

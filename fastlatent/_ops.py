@@ -34,7 +34,8 @@ _OPS = {
         "adam",
         "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, "
         "Tensor index, Tensor step, Tensor history, float beta1, float beta2, float eps, "
-        "float weight_decay, str projection, float radius, int columns, int? seed) -> ()",
+        "float weight_decay, str projection, float radius, int columns, int? seed, "
+        "bool assume_unique) -> ()",
     ),
     "reparameterize_kl": (
         "reparameterize",

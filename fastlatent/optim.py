@@ -18,6 +18,8 @@ from fastlatent.kernels.cpu.pages import empty
 STEP_MODES = ("global", "row", "dense")
 PROJECTIONS = (None, "ball", "sphere")
 _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
+# the table's step count where each row has its own
+_NO_STEP = torch.zeros((), dtype=torch.int64)
 # what a pending dense step was promised: a change of these brings all rows up to date first
 _PROMISED = ("betas", "eps", "weight_decay", "projection", "radius", "stochastic_rounding")
 
@@ -82,6 +84,8 @@ class SparseAdam(Optimizer):
         >>> table(torch.tensor([1, 2, 3])).square().sum().backward()
         >>> optimizer.step()
     """
+
+    _last_rate: tuple[float, Tensor] | None = None
 
     def __init__(
         self,
@@ -284,12 +288,9 @@ class SparseAdam(Optimizer):
         """One step of ``param``; ``op`` and ``gradient`` are ``adam_rows_``'s or a fused op's."""
         state = self._state(group, param)
         found_inf = getattr(self, "found_inf", None)
-        lr = group["lr"]
-        lr = lr.detach() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-        step = state.get("step")
-        if step is None:
-            step = torch.zeros((), dtype=torch.int64)
-        else:
+        lr = self._rate(group["lr"])
+        step = state.get("step", _NO_STEP)
+        if step is not _NO_STEP:
             step += 1 if found_inf is None else (1 - found_inf).to(step)
         if group["step_mode"] == "dense":
             self._promise(group, param, state, lr)
@@ -304,6 +305,13 @@ class SparseAdam(Optimizer):
             resolve(group["impl"], param),
         )
         torch.autograd.graph.increment_version(param)
+
+    def _rate(self, lr: float | Tensor) -> Tensor:
+        if isinstance(lr, Tensor):
+            return lr.detach()
+        if self._last_rate is None or self._last_rate[0] != lr:
+            self._last_rate = lr, torch.tensor(lr, dtype=torch.float64)
+        return self._last_rate[1]
 
     def _promise(self, group: dict[str, Any], param: Tensor, state: Any, lr: Tensor) -> None:
         """Notes this step's learning rate for the rows that will catch up on it later."""
@@ -325,10 +333,15 @@ class SparseAdam(Optimizer):
         for start in range(0, param.shape[0], 2**20):
             stop = min(start + 2**20, param.shape[0])
             rows = torch.arange(start, stop, device=param.device)
-            self._catch_up(param, state, rows, promised)
+            self._catch_up(param, state, rows, promised, assume_unique=True)
 
     def _catch_up(
-        self, param: Tensor, state: dict[str, Any], index: Tensor, promised: dict[str, Any]
+        self,
+        param: Tensor,
+        state: dict[str, Any],
+        index: Tensor,
+        promised: dict[str, Any],
+        assume_unique: bool = False,
     ) -> None:
         # .data, whose version nobody checks: a row that is behind was read by no lookup that still
         # needs it
@@ -338,6 +351,7 @@ class SparseAdam(Optimizer):
             *(*promised["betas"], promised["eps"], promised["weight_decay"]),
             *(promised["projection"] or "none", promised["radius"], _code_columns(param)),
             self.defaults["seed"] if promised["stochastic_rounding"] else None,
+            assume_unique,
             resolve(self.defaults["impl"], param),
         )
 
@@ -379,7 +393,6 @@ class TableLink:
         # what a traced lookup takes along; read from here because a trace cannot look it up
         self.columns = _code_columns(param)
         self.state = optimizer._state(group, param) if group["in_backward"] else {}
-        self.no_step = torch.zeros((), dtype=torch.int64)
         self._renew()
         self.compiled_lookup = False
 
@@ -404,7 +417,7 @@ class TableLink:
                 raise RuntimeError(f"the table's {what} has changed: call step() or zero_grad()")
         self.compiled_lookup = True
         state = self.state
-        step = state["step"] if group["step_mode"] == "global" else self.no_step
+        step = state["step"] if group["step_mode"] == "global" else _NO_STEP
         return (
             *(self.sentinel, self.alias),
             *(state["exp_avg"], state["exp_avg_sq"], state.get("row_step")),

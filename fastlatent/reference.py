@@ -253,6 +253,11 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
+def _faded(steps: Tensor, log_beta: float) -> Tensor:
+    """β^steps, which is one for no steps, also where β = 0."""
+    return torch.where(steps > 0, torch.exp(steps * log_beta), 1.0)
+
+
 def replay_limit(beta1: float, beta2: float, dtype: torch.dtype) -> int:
     """After how many steps without a gradient Adam's remaining movement is below resolution.
 
@@ -290,6 +295,7 @@ def catch_up_(
     radius: float,
     columns: int,
     seed: int | None,
+    assume_unique: bool = False,
 ) -> None:
     """Takes the steps of a dense Adam that the rows of ``index`` have missed, up to ``step``.
 
@@ -326,8 +332,8 @@ def catch_up_(
         )
     replayed = torch.clamp(seen + limit, max=last).long().squeeze(1)
     rest = (last - replayed)[:, None].double()
-    m = m * torch.exp(rest * log_beta1).to(compute) if beta1 > 0 else m
-    v = v * torch.exp(rest * log_beta2).to(compute) if beta2 > 0 else v
+    m = m * _faded(rest, log_beta1).to(compute)
+    v = v * _faded(rest, log_beta2).to(compute)
     decay = torch.exp(history[last, 1] - history[replayed, 1])[:, None]
     w = torch.where(rest > 0, project(w * decay.to(compute), projection, radius, columns), w)
     exp_avg[rows], exp_avg_sq[rows] = m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)

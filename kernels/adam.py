@@ -153,13 +153,14 @@ def _catch_up_kernel(
     exp_avg,
     exp_avg_sq,
     row_step,
-    index,
-    first,
+    index,  # [batch], no row twice, or the sorted keys of ``runs``
+    first,  # runs only, as the next
     run_count,
     step,
     history,
     batch,
     rows,
+    index_stride,
     weight_stride,
     exp_avg_stride,
     exp_avg_sq_stride,
@@ -183,14 +184,17 @@ def _catch_up_kernel(
     DITHER: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
-    entries = tl.load(run_count)
+    entries = batch.to(tl.int64)
+    if first is not None:
+        entries = tl.load(run_count).to(tl.int64)
     if start < entries:
         column = tl.arange(0, BLOCK)
         code = (column < CODE_COLUMNS)[None, :]
         slot = start + tl.arange(0, ROWS)
         here = first_of(start, entries, ROWS)
-        begin = tl.load(first + slot, mask=here, other=0)
-        row, inside = load_index(index, begin, here, 1, rows)
+        if first is not None:
+            slot = tl.load(first + slot, mask=here, other=0)
+        row, inside = load_index(index, slot, here, index_stride, rows)
         last = scalar(step).to(tl.int64)
         seen = tl.load(row_step + row, mask=inside, other=0).to(tl.int64)
         due = inside & (seen < last)
@@ -312,7 +316,8 @@ def plan_catch_up(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     row_step: Tensor,
-    runs: Runs,
+    index: Tensor,
+    runs: Runs | None,
     step: Tensor,
     history: Tensor,
     beta1: float,
@@ -324,7 +329,7 @@ def plan_catch_up(
     columns: int,
     seed: int | None,
 ) -> Launch:
-    width, batch = weight.shape[1], runs.keys.numel()
+    width, batch = weight.shape[1], index.numel()
     rows, block, warps = tile("adam", width, weight, exp_avg)
     return Launch(
         _catch_up_kernel,
@@ -334,12 +339,13 @@ def plan_catch_up(
             "exp_avg": exp_avg,
             "exp_avg_sq": exp_avg_sq,
             "row_step": row_step,
-            "index": runs.keys,
-            "first": runs.first,
-            "run_count": runs.count,
+            "index": index if runs is None else runs.keys,
+            "first": None if runs is None else runs.first,
+            "run_count": None if runs is None else runs.count,
             "step": host_or_device(step),
             "history": history,
             "batch": batch,
+            "index_stride": index.stride(0) if runs is None else 1,
             **rule_arguments(
                 *(weight, exp_avg, exp_avg_sq, beta1, beta2, eps, weight_decay, "dense"),
                 *(projection, radius, columns, seed),
@@ -360,12 +366,26 @@ def catch_up_(
     exp_avg_sq: Tensor,
     row_step: Tensor,
     index: Tensor,
-    *rule: Any,
+    step: Tensor,
+    history: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    projection: str,
+    radius: float,
+    columns: int,
+    seed: int | None,
+    assume_unique: bool = False,
 ) -> None:
     """Takes the dense steps that the rows of ``index`` missed; see ``reference.catch_up_``."""
     check_dtype("catch_up_", weight.dtype)
     check_rows(weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     index = index.reshape(-1)
     if index.numel():
-        runs = find_runs(index, weight.shape[0])
-        plan_catch_up(weight, exp_avg, exp_avg_sq, row_step, runs, *rule).run()
+        unique = assume_unique or index.numel() == 1
+        runs = None if unique else find_runs(index, weight.shape[0])
+        plan_catch_up(
+            *(weight, exp_avg, exp_avg_sq, row_step, index, runs, step, history),
+            *(beta1, beta2, eps, weight_decay, projection, radius, columns, seed),
+        ).run()

@@ -58,6 +58,13 @@ def _starts_kernel(first, count, keys, rank, batch, ROWS: tl.constexpr):
     tl.store(count + tl.zeros([ROWS], tl.int32), (number + 1).to(tl.int32), mask=last)
 
 
+@triton.jit
+def in_one_run(keys, chunk, LEVEL: tl.constexpr):
+    """Whether one run covers the chunk, keys being sorted."""
+    start = chunk << (_SHIFT * LEVEL)
+    return tl.load(keys + start) == tl.load(keys + start + (1 << (_SHIFT * LEVEL)) - 1)
+
+
 @triton.jit(do_not_specialize=["batch", "values_stride"])
 def _chunks_kernel(
     chunks,  # [·, COLUMNS] fp32: the sums of level 1, then those of level 2 …
@@ -74,9 +81,7 @@ def _chunks_kernel(
 ):
     """chunks[level, c] = the sum of chunk c of level LEVEL where one run covers it."""
     chunk = tl.program_id(0)
-    start = chunk << (_SHIFT * LEVEL)
-    inside_one_run = tl.load(keys + start) == tl.load(keys + start + (1 << (_SHIFT * LEVEL)) - 1)
-    if inside_one_run:
+    if in_one_run(keys, chunk, LEVEL):
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         wanted = (column < COLUMNS)[None, :]
         total = tl.zeros([BLOCK], tl.float32)
@@ -105,6 +110,23 @@ def _first_chunk(batch, LEVEL: tl.constexpr):
 
 
 @triton.jit
+def next_term(position, end, batch, LEVELS: tl.constexpr, ROWS: tl.constexpr):
+    """(length, chunk): how far the longest chunk at a position of a run goes, and its number.
+
+    Length 1 is a single entry.
+    """
+    length = tl.full([ROWS], 1, tl.int32)
+    chunk = tl.zeros([ROWS], tl.int32)
+    for level in tl.static_range(1, LEVELS + 1):
+        span = 1 << (_SHIFT * level)
+        fits = (position & (span - 1) == 0) & (position + span <= end)
+        number = _first_chunk(batch, level) + (position >> (_SHIFT * level))
+        length = tl.where(fits, span, length)
+        chunk = tl.where(fits, number, chunk)
+    return length, chunk
+
+
+@triton.jit
 def sum_run(
     values,
     values_stride,
@@ -127,14 +149,7 @@ def sum_run(
     while tl.max(end - position, axis=0) > 0:
         for _ in tl.static_range(_UNROLL):
             left = position < end
-            length = tl.full([ROWS], 1, tl.int32)
-            chunk = tl.zeros([ROWS], tl.int32)
-            for level in tl.static_range(1, LEVELS + 1):
-                span = 1 << (_SHIFT * level)
-                fits = (position & (span - 1) == 0) & (position + span <= end)
-                number = _first_chunk(batch, level) + (position >> (_SHIFT * level))
-                length = tl.where(fits, span, length)
-                chunk = tl.where(fits, number, chunk)
+            length, chunk = next_term(position, end, batch, LEVELS, ROWS)
             single = left & (length == 1)
             entry = tl.load(order + position, mask=single, other=0)
             offset = tl.multiple_of(entry * values_stride, ALIGN)
@@ -186,9 +201,17 @@ def levels(batch: int) -> int:
     return count
 
 
-def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor) -> list[Launch]:
-    """The launches that sum the chunks, one for each size."""
-    batch, columns = values.shape
+def chunk_count(batch: int) -> int:
+    """How many chunks a batch has, of all sizes."""
+    return sum(batch // FAN_IN**level for level in range(1, levels(batch) + 1))
+
+
+def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor, first: int = 1) -> list[Launch]:
+    """The launches that sum the chunks, one for each size from level ``first`` on.
+
+    ``values`` are the batch's rows; from level 2 on only ``chunks`` are read.
+    """
+    batch, columns = runs.keys.numel(), chunks.shape[1]
     rows, block, warps = tile("gather", min(columns, 2048), values)
     return [
         Launch(
@@ -210,15 +233,14 @@ def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor) -> list[Launch]:
             warps,
             values.device,
         )
-        for level in range(1, levels(batch) + 1)
+        for level in range(first, levels(batch) + 1)
     ]
 
 
 def sum_chunks(runs: Runs, values: Tensor) -> Tensor:
     """The sums of all chunks that lie inside one run; the others are left unset."""
     batch, columns = values.shape
-    count = sum(batch // FAN_IN**level for level in range(1, levels(batch) + 1))
-    chunks = torch.empty(count, columns, dtype=torch.float32, device=values.device)
+    chunks = torch.empty(chunk_count(batch), columns, dtype=torch.float32, device=values.device)
     for launch in plan_chunks(runs, values, chunks):
         launch.run()
     return chunks

@@ -30,7 +30,6 @@ class _Configuration(NamedTuple):
 CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
     "gather": {size: _Configuration(4, 4) for size in (2, 4, 8)},
     "adam": {2: _Configuration(4, 1), 4: _Configuration(4, 2)},
-    "reparameterize": {2: _Configuration(4, 2), 4: _Configuration(4, 4)},
     "variational": {size: _Configuration(8, 1) for size in (2, 4)},
 }
 
@@ -55,15 +54,73 @@ def tile(kernel: str, columns: int, *tables: Tensor) -> Tile:
 @functools.cache
 def _tile(kernel: str, columns: int, itemsize: int) -> Tile:
     warps, vectors = CONFIGURATIONS[kernel][itemsize]
-    block = max(4, 1 << (columns - 1).bit_length())
-    if block > _LARGEST_TILE:
-        raise ValueError(
-            f"impl='triton' works on rows of at most {_LARGEST_TILE} columns; got {columns}"
-        )
+    _check_width(columns)
+    block = max(4, _power_of_two(columns))
     elements = warps * _WARP * vectors * 16 // itemsize
     while block > elements and warps < 32:
         warps, elements = 2 * warps, 2 * elements
     return Tile(max(1, elements // block), block, warps)
+
+
+class Lanes(NamedTuple):
+    """A program takes ``rows`` rows, each with ``lanes`` of its ``block`` lanes.
+
+    A lane has ``parts`` vectors of ``vector`` elements of one row: its k-th is the row's vector
+    number k·lanes + (its own number), so that neighbours read side by side. Rows follow each other
+    without a gap, whatever their width.
+    """
+
+    rows: int
+    lanes: int
+    parts: int
+    vector: int
+    block: int
+    warps: int
+
+
+# elements that a thread of the kernels with lanes takes at most, by itemsize
+LANE_ELEMENTS: Mapping[int, int] = {2: 32, 4: 20}
+
+
+@functools.cache
+def lanes(columns: int, align: int, itemsize: int, crowded: bool) -> Lanes:
+    """The frozen configuration of the kernels with lanes for rows of ``columns`` elements.
+
+    It is the one with the fewest instructions for an element, by counts in the generated code: 50
+    each, and for a lane 24, or 36 where the lanes of a row are not a power of two. Three lanes of a
+    row at least, where it is that wide, read 48 bytes side by side. ``crowded``: the kernel holds
+    more than its rows in registers, a prior for every column: 20 elements then.
+    """
+    _check_width(columns)
+    vector = max(4, align)
+    vectors = -(-columns // vector)
+    most = min(LANE_ELEMENTS[itemsize], 20 if crowded else 32) // vector
+    choices = []
+    for parts in range(1, most + 1):
+        each = -(-vectors // parts)
+        if parts > 1 and each < 3:
+            break
+        warps = max(4, _power_of_two(-(-each // _WARP)))
+        if warps > 32:
+            continue
+        block = warps * _WARP * (_power_of_two(most // parts + 1) // 2)
+        rows = block // each
+        lane = 24 if rows * each == block else 36
+        cost = (50 + lane / (parts * vector)) * block * parts * vector / (rows * columns)
+        choices.append((cost, Lanes(rows, each, parts, vector, block, warps)))
+    return min(choices)[1]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _check_width(columns: int) -> None:
+    if columns > _LARGEST_TILE:
+        raise ValueError(
+            f"impl='triton' works on rows of at most {_LARGEST_TILE} columns; got {columns}"
+        )
 
 
 def alignment(columns: int, *tables: Tensor) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -26,6 +27,8 @@ def constant(value: float) -> Any:
 
 
 INTERPRETED = constant(interpreting())
+# NVIDIA's approximations of log₂, sine and cosine
+IN_HARDWARE = torch.version.hip is None and not interpreting()
 BFLOAT16, FLOAT16 = constant(1), constant(2)
 
 
@@ -56,6 +59,20 @@ def exp(x):
     power = x * 1.4426950216293335
     rest = tl.fma(x, 1.4426950216293335, -power) + x * 1.9259629911e-8
     return tl.exp2(power) * (rest * 0.6931471805599453 + 1.0)
+
+
+@triton.jit
+def _exp_of_half(x):
+    """``exp(x/2)``, bit for bit."""
+    power = x * 0.72134751081466675
+    rest = tl.fma(x, 0.72134751081466675, -power) + x * 9.6297981455e-9
+    return tl.exp2(power) * (rest * 0.6931471805599453 + 1.0)
+
+
+@triton.jit
+def _short_exp_of_half(x):
+    """e^(x/2) with a relative error of (|x|/2 + 5)·2⁻²⁴, for a result in 16 bits."""
+    return tl.exp2(x * 0.7213475204444817)
 
 
 @triton.jit
@@ -104,13 +121,40 @@ def double(high, low):
 
 
 @triton.jit
-def log_uniform(word):
-    """log((word + ½)/2³²); the fraction is rounded to fp32, which shows where it is nearly one."""
-    return log(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10)
+def _uniform(word):
+    """(word + ½)/2³², rounded to fp32."""
+    return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
-def turn(word):
+def _log_uniform(word):
+    return log(_uniform(word))
+
+
+@triton.jit
+def _log2_uniform_in_hardware(word):
+    # |log₂| in place of −log₂: the approximation of log₂ 1 may be on either side of zero
+    x = _uniform(word)
+    x = tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return -tl.abs(x)
+
+
+@triton.jit
+def _turn_in_hardware(word):
+    angle = word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    sine = tl.inline_asm_elementwise(
+        "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    cosine = tl.inline_asm_elementwise(
+        "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return sine, cosine
+
+
+@triton.jit
+def _turn(word):
     """Sine and cosine of word/2³² of a full turn: both flip sign half a turn further on."""
     flip = (word + 0x40000000) & 0x80000000
     f = (word + word).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
@@ -161,8 +205,6 @@ _NAMES = {
     "expm1": expm1,
     "floor": _floor,
     "to_float": _to_float,
-    "log_uniform": log_uniform,
-    "turn": turn,
     "HALF": constant(0.5),
     "MINUS_TWO": constant(-2.0),
     "LOW_13": constant(0x1FFF),
@@ -183,10 +225,18 @@ adam_moments = _rule(rules.adam_moments)
 adam_step = _rule(rules.adam_step, sqrt=root)
 adam_scales = _rule(rules.adam_scales, expm1=expm1_wide)
 sparse_adam_scales = _rule(rules.sparse_adam_scales, expm1=expm1_wide)
-reparameterize = _rule(rules.reparameterize)
+reparameterize = _rule(rules.reparameterize, exp=_exp_of_half, HALF=constant(1.0))
+reparameterize_16_bit = _rule(rules.reparameterize, exp=_short_exp_of_half, HALF=constant(1.0))
 twice_kl = _rule(rules.twice_kl)
 variational_gradient = _rule(rules.variational_gradient)
-_box_muller = _rule(rules.box_muller)
+_box_muller = _rule(rules.box_muller, log_uniform=_log_uniform, turn=_turn)
+_box_muller_in_hardware = _rule(
+    rules.box_muller,
+    # −2·log x = (−2·log 2)·log₂ x
+    MINUS_TWO=constant(-1.3862943611198906),
+    log_uniform=_log2_uniform_in_hardware,
+    turn=_turn_in_hardware,
+)
 _round_to_bfloat16 = _rule(rules.round_to_bfloat16)
 _round_to_float16 = _rule(rules.round_to_float16)
 _round_to_subnormal_float16 = _rule(rules.round_to_subnormal_float16)
@@ -238,22 +288,41 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def normals(seed, counter, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Standard normals ``[ROWS, BLOCK]`` for the int64 counters ``[ROWS, BLOCK/4]``."""
+def _four_normals(seed, counter, HARDWARE: tl.constexpr):
     low = counter.to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = low * 0
     words = philox(seed, low, high, zero, zero)
-    first, second = _box_muller(words[0], words[1])
-    third, fourth = _box_muller(words[2], words[3])
-    return _interleave(first, second, third, fourth, ROWS, BLOCK)
+    if HARDWARE:
+        first, second = _box_muller_in_hardware(words[0], words[1])
+        third, fourth = _box_muller_in_hardware(words[2], words[3])
+    else:
+        first, second = _box_muller(words[0], words[1])
+        third, fourth = _box_muller(words[2], words[3])
+    return first, second, third, fourth
 
 
 @triton.jit
-def row_normals(seed, b, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``reference.normal`` of the batch entries b (int64 ``[ROWS]``)."""
+def row_normals(
+    seed, b, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """``reference.normal`` ``[ROWS, BLOCK]`` of the batch entries b (int64 ``[ROWS]``)."""
     counter = (b * ((COLUMNS + 3) // 4))[:, None] + tl.arange(0, BLOCK // 4)[None, :]
-    return normals(seed, counter, ROWS, BLOCK)
+    a = _four_normals(seed, counter, HARDWARE)
+    return _interleave(a[0], a[1], a[2], a[3], ROWS, BLOCK)
+
+
+@triton.jit
+def vector_normals(seed, counter, VECTOR: tl.constexpr, HARDWARE: tl.constexpr):
+    """Normals ``[N, VECTOR]``, four of each counter from ``counter`` (int64 ``[N]``) on."""
+    a = _four_normals(seed, counter, HARDWARE)
+    if VECTOR == 4:
+        first, second, third, fourth = a
+    else:
+        b = _four_normals(seed, counter + 1, HARDWARE)
+        first, second = tl.join(a[0], b[0]), tl.join(a[1], b[1])
+        third, fourth = tl.join(a[2], b[2]), tl.join(a[3], b[3])
+    return _interleave(first, second, third, fourth, counter.shape[0], VECTOR)
 
 
 @triton.jit

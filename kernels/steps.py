@@ -52,6 +52,7 @@ NOT_SPECIALIZED = (
     "exp_avg_sq_stride",
     "gradient_stride",
     "noise_stride",
+    "grad_kl_stride",
     "limit",
     "seed",
     "noise_seed",

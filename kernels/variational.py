@@ -4,7 +4,8 @@ The lookup is ``reparameterize``'s kernel over the rows index[b], each μ | log 
 computes (∂μ, ∂log σ²) of a row from ∂z, ∂KL and the row itself and takes its Adam step at once, so
 that no gradient is ever stored. Bytes a row of D dimensions: D + 1 and 2·3·D read, 2·3·D written:
 13·D values. Where rows may stand in the batch several times, the program of a row sums, in order,
-Σ∂z, Σ∂z·ε and Σ∂KL over the row's run, all that its gradient needs; such a run is not split.
+Σ∂z, Σ∂z·ε and Σ∂KL over the row's run, all that its gradient needs; of a long run most are summed
+beforehand, in the chunks of ``duplicates``.
 
 The definition is ``fastlatent.reference``; the arguments are its arguments.
 """
@@ -18,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlatent.kernels.duplicates import Runs, find_runs
+from fastlatent.kernels.duplicates import (
+    FAN_IN,
+    Runs,
+    chunk_count,
+    find_runs,
+    in_one_run,
+    levels,
+    next_term,
+    plan_chunks,
+)
 from fastlatent.kernels.gather import count, first_of, load_index
 from fastlatent.kernels.launch import (
     Launch,
@@ -29,6 +39,7 @@ from fastlatent.kernels.launch import (
     tile,
 )
 from fastlatent.kernels.numerics import (
+    constant,
     double,
     scalar,
     variational_gradient,
@@ -55,6 +66,83 @@ from fastlatent.kernels.steps import (
     store_times,
 )
 
+_FAN_IN = constant(FAN_IN)
+
+
+@triton.jit
+def _load_term(
+    grad_z,
+    grad_kl,
+    grad_kl_stride,
+    noise,
+    noise_stride,
+    noise_seed,
+    b,
+    here,
+    column,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """∂z, ∂z·ε ``[ROWS, BLOCK]`` and ∂KL ``[ROWS]`` of the batch entries b."""
+    offset = tl.multiple_of(b * COLUMNS, ALIGN)
+    mask = here[:, None] & (column < COLUMNS)[None, :]
+    dz = tl.load(grad_z + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    dkl = tl.load(grad_kl + b * grad_kl_stride, mask=here, other=0.0).to(tl.float32)
+    epsilon = load_noise(
+        *(noise, noise_stride, noise_seed, b, here, column),
+        *(COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+    )
+    return dz, dz * epsilon, dkl
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _chunks_kernel(
+    chunks,  # [·, WIDTH] fp32: Σ∂z, Σ∂z·ε, Σ∂KL
+    keys,
+    order,
+    grad_z,
+    grad_kl,
+    noise,
+    noise_seed,
+    grad_kl_stride,
+    noise_stride,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """The sums over each chunk of 32 sorted positions that lies inside one run."""
+    chunk = tl.program_id(0)
+    if in_one_run(keys, chunk, 1):
+        column = tl.arange(0, BLOCK)
+        dz = tl.zeros([ROWS, BLOCK], tl.float32)
+        weighted = tl.zeros([ROWS, BLOCK], tl.float32)
+        dkl = tl.zeros([ROWS], tl.float32)
+        for part in range(0, _FAN_IN, ROWS):
+            b = tl.load(order + chunk * _FAN_IN + part + tl.arange(0, ROWS))
+            term = _load_term(
+                *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, b, b >= 0),
+                *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+            )
+            dz += term[0]
+            weighted += term[1]
+            dkl += term[2]
+        dz, weighted, dkl = tl.sum(dz, axis=0), tl.sum(weighted, axis=0), tl.sum(dkl, axis=0)
+        target = chunks + chunk.to(tl.int64) * WIDTH
+        tl.store(target + column, dz, mask=column < COLUMNS)
+        tl.store(target + COLUMNS + column, weighted, mask=column < COLUMNS)
+        # the columns that fill up a row's 16 bytes are summed on, and must be numbers
+        rest = tl.arange(0, 4)
+        mask = 2 * COLUMNS + rest < WIDTH
+        tl.store(target + 2 * COLUMNS + rest, tl.where(rest == 0, dkl, 0.0), mask=mask)
+
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _update_kernel(
@@ -65,9 +153,10 @@ def _update_kernel(
     index,  # [batch], or the sorted keys of ``runs``
     grad_z,  # [batch, COLUMNS]
     grad_kl,  # [batch]
-    first,  # [batch + 1], runs only, as the next two
+    first,  # [batch + 1], runs only, as the next three
     run_count,
     order,
+    chunks,  # [·, WIDTH]
     prior_mean,
     prior_std,
     noise,
@@ -85,6 +174,7 @@ def _update_kernel(
     exp_avg_stride,
     exp_avg_sq_stride,
     noise_stride,
+    grad_kl_stride,
     sign,
     one_minus_beta1,
     one_minus_beta2,
@@ -105,9 +195,12 @@ def _update_kernel(
     MEANS: tl.constexpr,
     STDS: tl.constexpr,
     SAMPLE: tl.constexpr,
+    HARDWARE: tl.constexpr,
     STEP_MODE: tl.constexpr,
     PROJECTION: tl.constexpr,
     DITHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
     if found_inf is not None:  # noqa: SIM102
@@ -124,40 +217,40 @@ def _update_kernel(
     if first is None:
         here = first_of(start, batch, ROWS)
         row, inside = load_index(index, slot, here, index_stride, rows)
-        local = (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
-        dz = tl.load(grad_z + start * COLUMNS + local, mask=here[:, None] & wanted, other=0.0).to(
-            tl.float32
+        dz, weighted, dkl = _load_term(
+            *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, slot, here),
+            *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
         )
-        dkl = tl.load(grad_kl + slot, mask=here, other=0.0).to(tl.float32)
-        epsilon = load_noise(
-            *(noise, noise_stride, noise_seed, slot, here, column),
-            *(COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE),
-        )
-        weighted = dz * epsilon
     else:
         here = first_of(start, entries, ROWS)
-        begin = tl.load(first + slot, mask=here, other=0)
+        position = tl.load(first + slot, mask=here, other=0)
         end = tl.load(first + slot + 1, mask=here, other=0)
-        row, inside = load_index(index, begin, here, 1, rows)
+        row, inside = load_index(index, position, here, 1, rows)
+        end = tl.where(inside, end, position)
         dz = tl.zeros([ROWS, BLOCK], tl.float32)
         weighted = tl.zeros([ROWS, BLOCK], tl.float32)
         dkl = tl.zeros([ROWS], tl.float32)
-        position = begin
-        while tl.max(tl.where(inside, end - position, 0), axis=0) > 0:
-            here = inside & (position < end)
-            b = tl.load(order + position, mask=here, other=0)
-            offset = tl.multiple_of(b * COLUMNS, ALIGN)
-            term = tl.load(
-                grad_z + offset[:, None] + column[None, :], mask=here[:, None] & wanted, other=0.0
-            ).to(tl.float32)
-            epsilon = load_noise(
-                *(noise, noise_stride, noise_seed, b, here, column),
-                *(COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE),
+        while tl.max(end - position, axis=0) > 0:
+            left = position < end
+            length, chunk = next_term(position, end, batch, LEVELS, ROWS)
+            single = left & (length == 1)
+            b = tl.load(order + position, mask=single, other=0)
+            term = _load_term(
+                *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, b, single),
+                *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
             )
-            dz += term
-            weighted += term * epsilon
-            dkl += tl.load(grad_kl + b, mask=here, other=0.0).to(tl.float32)
-            position += 1
+            dz += term[0]
+            weighted += term[1]
+            dkl += term[2]
+            if LEVELS > 0:
+                chunked = left & (length > 1)
+                pointer = chunks + chunk.to(tl.int64) * WIDTH
+                mask = chunked[:, None] & wanted
+                pointers = pointer[:, None] + column[None, :]
+                dz += tl.load(pointers, mask=mask, other=0.0)
+                weighted += tl.load(pointers + COLUMNS, mask=mask, other=0.0)
+                dkl += tl.load(pointer + 2 * COLUMNS, mask=chunked, other=0.0)
+            position += tl.where(left, length, 0)
 
     mask = inside[:, None] & wanted
     weight_tile = row_tile(weight, row, weight_stride, column, ALIGN)
@@ -167,7 +260,7 @@ def _update_kernel(
     w2, m2, v2 = load_state(
         weight_tile + COLUMNS, exp_avg_tile + COLUMNS, exp_avg_sq_tile + COLUMNS, mask
     )
-    prior = load_prior(prior_mean, prior_std, column, COLUMNS, MEANS, STDS)
+    prior = load_prior(prior_mean, prior_std, column[None, :], wanted, MEANS, STDS)
     # the rule is linear in (∂z, ε∂z, ∂KL), so that it also takes their sums over a run
     dkl = dkl[:, None]
     scale = gradient_scale(sign, grad_scale)
@@ -203,7 +296,7 @@ def variational_gather(weight: Tensor, index: Tensor, *options: Any) -> tuple[Te
     check_rows(weight=weight)
     prior_mean, prior_std, seed, noise, sample, out_of_range = options
     draw = (prior_mean, prior_std, seed, by_rows(noise), sample)
-    return forward(*weight.chunk(2, 1), index.reshape(-1), out_of_range, *draw)
+    return forward(weight, None, index.reshape(-1), out_of_range, *draw)
 
 
 def variational_gather_backward(
@@ -217,11 +310,22 @@ def variational_gather_backward(
     prior_mean, prior_std, seed, noise, sample = draw
     if gradient.numel():
         plan_backward(
-            *(*gradient.chunk(2, 1), grad_z.contiguous(), grad_kl.contiguous()),
-            *(*weight.chunk(2, 1), index.reshape(-1)),
+            *(gradient, None, grad_z.contiguous(), grad_kl),
+            *(weight, None, index.reshape(-1)),
             *(prior_mean, prior_std, seed, by_rows(noise), sample),
         ).run()
     return gradient
+
+
+_NOISE = ("noise", "noise_seed", "noise_stride", "SAMPLE", "HARDWARE")
+
+
+def _drawn(*draw: Any) -> dict[str, Any]:
+    """``draw_arguments`` by the names of this file's kernels, and the noise ``given``, if any."""
+    drawn = draw_arguments(*draw)
+    drawn["noise_seed"] = drawn.pop("seed")
+    drawn["given"] = [drawn["noise"]] if drawn["noise"] is not None else []
+    return drawn
 
 
 def plan(
@@ -233,6 +337,7 @@ def plan(
     grad_z: Tensor,
     grad_kl: Tensor,
     runs: Runs | None,
+    chunks: Tensor | None,
     prior_mean: Tensor,
     prior_std: Tensor,
     noise_seed: Tensor,
@@ -261,9 +366,8 @@ def plan(
             f"impl='triton' projects the mean, {width} columns, of a variational row; got {columns}"
         )
     rows, block, warps = tile("variational", width, weight, exp_avg)
-    drawn = draw_arguments(prior_mean, prior_std, noise_seed, noise, sample)
-    drawn["noise_seed"] = drawn.pop("seed")
-    given = [drawn["noise"]] if drawn["noise"] is not None else []
+    drawn = _drawn(prior_mean, prior_std, noise_seed, noise, sample)
+    given = drawn.pop("given")
     return Launch(
         _update_kernel,
         (triton.cdiv(index.numel(), rows),),
@@ -278,6 +382,7 @@ def plan(
             "first": None if runs is None else runs.first,
             "run_count": None if runs is None else runs.count,
             "order": None if runs is None else runs.order,
+            "chunks": chunks,
             **drawn,
             "step": host_or_device(step),
             "lr": host_or_device(lr),
@@ -287,6 +392,7 @@ def plan(
             "skipped": skipped,
             "batch": index.numel(),
             "index_stride": index.stride(0) if runs is None else 1,
+            "grad_kl_stride": grad_kl.stride(0),
             "sign": -1.0 if maximize else 1.0,
             **rule_arguments(
                 *(weight, exp_avg, exp_avg_sq, beta1, beta2, eps, weight_decay, step_mode),
@@ -297,10 +403,53 @@ def plan(
             "BLOCK": block,
             "ALIGN": alignment(width, weight, exp_avg, exp_avg_sq, grad_z, *given),
             "STEP_MODE": STEP_MODES[step_mode],
+            "WIDTH": 0 if chunks is None else chunks.shape[1],
+            "LEVELS": 0 if runs is None else levels(index.numel()),
         },
         warps,
         weight.device,
     )
+
+
+def plan_level_one(
+    runs: Runs, chunks: Tensor, grad_z: Tensor, grad_kl: Tensor, *draw: Any
+) -> Launch:
+    """The launch that sums every chunk of 32; ``duplicates`` goes on from there."""
+    width = grad_z.shape[1]
+    rows, block, warps = tile("adam", width, grad_z)
+    drawn = _drawn(*draw)
+    return Launch(
+        _chunks_kernel,
+        (runs.keys.numel() // FAN_IN,),
+        {
+            "chunks": chunks,
+            "keys": runs.keys,
+            "order": runs.order,
+            "grad_z": grad_z,
+            "grad_kl": grad_kl,
+            "grad_kl_stride": grad_kl.stride(0),
+            **{name: drawn[name] for name in _NOISE},
+            "COLUMNS": width,
+            "WIDTH": chunks.shape[1],
+            "ROWS": min(rows, FAN_IN),
+            "BLOCK": block,
+            "ALIGN": alignment(width, grad_z, *drawn["given"]),
+        },
+        warps,
+        grad_z.device,
+    )
+
+
+def _sum_chunks(runs: Runs, grad_z: Tensor, grad_kl: Tensor, *draw: Any) -> Tensor:
+    """Rows Σ∂z | Σ∂z·ε | Σ∂KL of all chunks inside one run; the others are left unset."""
+    batch, width = grad_z.shape
+    shape = (chunk_count(batch), 2 * width + 4 - (2 * width) % 4)
+    chunks = torch.empty(shape, dtype=torch.float32, device=grad_z.device)
+    if shape[0]:
+        plan_level_one(runs, chunks, grad_z, grad_kl, *draw).run()
+        for launch in plan_chunks(runs, chunks, chunks, 2):
+            launch.run()
+    return chunks
 
 
 def variational_adam_rows_(
@@ -326,7 +475,9 @@ def variational_adam_rows_(
     if index.numel() == 0:
         return
     runs = None if assume_unique or index.numel() == 1 else find_runs(index, weight.shape[0])
+    grad_z, draw = grad_z.contiguous(), (prior_mean, prior_std, noise_seed, by_rows(noise), sample)
+    chunks = None if runs is None else _sum_chunks(runs, grad_z, grad_kl, *draw)
     plan(
-        *(weight, exp_avg, exp_avg_sq, row_step, index, grad_z.contiguous(), grad_kl.contiguous()),
-        *(runs, prior_mean, prior_std, noise_seed, by_rows(noise), sample, *rule),
+        *(weight, exp_avg, exp_avg_sq, row_step, index, grad_z, grad_kl),
+        *(runs, chunks, *draw, *rule),
     ).run()

@@ -710,3 +710,24 @@ def test_dense_variational_table_looked_up_twice_in_a_step(impl):
         module(torch.tensor([0]))[0].sum().backward()
         optimizer.step()
     assert optimizer.state[module.weight]["step"] == 6
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+def test_dense_moments_fade_over_missed_steps(beta1):
+    """What torch's Adam has in exp_avg after steps without a gradient; β₁ = 0 forgets at once."""
+    plain = nn.Parameter(torch.randn(N, D, dtype=torch.float64))
+    module = table("reference")
+    options = {"lr": 0.1, "betas": (beta1, 0.9)}
+    ours = fl.SparseAdam(module.parameters(), step_mode="dense", impl="reference", **options)
+    theirs = torch.optim.Adam([plain], **options)
+    for row in (0, 1, 2, 3):
+        for optimizer, codes in ((ours, module(torch.tensor([row]))), (theirs, plain[[row]])):
+            optimizer.zero_grad()
+            plain.grad = torch.zeros_like(plain) if optimizer is theirs else plain.grad
+            codes.sum().backward()
+            optimizer.step()
+    ours.flush()
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(
+            ours.state[module.weight][name], theirs.state[plain][name], **EXACT
+        )

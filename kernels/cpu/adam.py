@@ -286,6 +286,8 @@ def _catch_up_loop(
     start, stop, worker, rows, work, weight, exp_avg, exp_avg_sq, row_step, history, strides, rule
 ):
     w, m, v = work[worker, 1], work[worker, 2], work[worker, 3]
+    if not all_inside(rows, row_step.size):
+        return OUTSIDE
     for k in range(start, stop):
         row = rows[k]
         seen = np.int64(row_step[row])
@@ -441,20 +443,23 @@ def catch_up_(
     radius: float,
     columns: int,
     seed: int | None,
+    assume_unique: bool = False,
 ) -> None:
     """Takes the dense steps that the rows of ``index`` missed; see ``reference.catch_up_``."""
     if index.numel() == 0:
         return
     index = index.reshape(-1).long().contiguous()
-    rows, _, _, count = distinct(index, weight.shape[0], False)
+    rows, _, _, count = distinct(index, weight.shape[0], assume_unique)
     rule = make_rule(
         *(weight.dtype, None, False, beta1, beta2, eps, weight_decay, False, "dense"),
         *(projection, radius, columns, seed, torch.zeros(()), step),
     )
     width = weight.shape[1]
-    parallel(
+    outside = parallel(
         *(_catch_up_loop, count, 7 * width * weight.element_size(), rows),
         scratch("rows", 4, width, compute_type(weight.dtype)),
         *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
         rule,
     )
+    if outside:
+        raise_outside(index, weight.shape[0])
