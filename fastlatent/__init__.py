@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastlatent._impl import use_impl
     from fastlatent.comparison import Comparison, compare
-    from fastlatent.data import LatentData, batches, load_data, split
+    from fastlatent.data import LatentData, batches, hold_out, load_data, split
     from fastlatent.functional import reparameterize_kl
     from fastlatent.inference import Fit, infer
+    from fastlatent.mapped import map_moments, map_table
+    from fastlatent.memory import MemoryPlan, plan
     from fastlatent.models import (
         AutoDecoder,
         AutoEncoder,
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     )
     from fastlatent.networks import build_decoder, build_encoder
     from fastlatent.optim import SparseAdam
+    from fastlatent.settings import Settings
     from fastlatent.storage import load_model, save_model
     from fastlatent.tables import LatentTable, VariationalLatentTable
+    from fastlatent.trainer import train
     from fastlatent.training import fit
 
 __version__ = "0.1.0"
@@ -33,8 +37,10 @@ _LAZY = {
     "optim": ("SparseAdam",),
     "tables": ("LatentTable", "VariationalLatentTable"),
     "comparison": ("Comparison", "compare"),
-    "data": ("LatentData", "batches", "load_data", "split"),
+    "data": ("LatentData", "batches", "hold_out", "load_data", "split"),
     "inference": ("Fit", "infer"),
+    "mapped": ("map_moments", "map_table"),
+    "memory": ("MemoryPlan", "plan"),
     "models": (
         "AutoDecoder",
         "AutoEncoder",
@@ -45,6 +51,10 @@ _LAZY = {
     "storage": ("load_model", "save_model"),
     "priors": ("Ball", "Gaussian", "Sphere"),
     "training": ("fit",),
+    "settings": ("Settings",),
+    "trainer": ("train",),
+    "quality": (),
+    "samplers": (),
 }
 _HOMES = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -57,6 +67,8 @@ __all__ = [
     "Gaussian",
     "LatentData",
     "LatentTable",
+    "MemoryPlan",
+    "Settings",
     "SparseAdam",
     "Sphere",
     "VariationalAutoDecoder",
@@ -67,12 +79,17 @@ __all__ = [
     "build_encoder",
     "compare",
     "fit",
+    "hold_out",
     "infer",
     "load_data",
     "load_model",
+    "map_moments",
+    "map_table",
+    "plan",
     "reparameterize_kl",
     "save_model",
     "split",
+    "train",
     "use_impl",
 ]
 

@@ -200,7 +200,8 @@ def test_the_configuration_says_what_the_model_is(tmp_path):
     assert config["decoder"] == {
         "class": "MLPDecoder",
         "arguments": {
-            "latent_dim": DIM, "sample_shape": list(SHAPE), "hidden": [5, 6], "output": "sigmoid"
+            "latent_dim": DIM, "sample_shape": list(SHAPE), "hidden": [5, 6], "output": "sigmoid",
+            "linear_path": False,
         },
     }  # fmt: skip
     assert config["encoder"] is None and config["sample_shape"] == list(SHAPE)

@@ -1,0 +1,286 @@
+"""What a training run is made of: its settings, model, optimizers and start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastlatent.data import LatentData
+from fastlatent.loader import noise_seed
+from fastlatent.memory import MemoryPlan, plan
+from fastlatent.models import (
+    AutoDecoder,
+    AutoEncoder,
+    LatentModel,
+    VariationalAutoDecoder,
+    VariationalAutoEncoder,
+)
+from fastlatent.networks import MLPDecoder, build_decoder, build_encoder
+from fastlatent.optim import PROJECTIONS, STEP_MODES, SparseAdam
+
+MODELS = ("ad", "vad", "ae", "vae")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDINGS = ("stochastic", "nearest")
+SCHEDULES = ("constant", "cosine")
+# samples that a linear map, or a Gaussian of codes, is fitted to, and how many are read at a time
+FITTED, CHUNK = 50_000, 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that a run's result depends on, beside the data.
+
+    Attributes:
+        model: "ad", "vad", "ae" or "vae".
+        latent_dim: dimensions of a code.
+        network: "mlp" or "conv", of decoder and encoder.
+        hidden: widths of an mlp's hidden layers, from code to sample; None: (128, 128).
+        linear_path: of the mlp decoder, see `MLPDecoder`; its output is linear then. With `pca` it
+            starts as the linear map that fits the data best.
+        epochs, steps: the length of the run; one of them at most. None: until the time is over.
+        batch_size: samples in a batch.
+        lr: learning rate of decoder and encoder (Adam).
+        code_lr: learning rate of the codes (SparseAdam).
+        schedule: of both rates: "constant", or "cosine" to 0 at the end of the run.
+        warmup: steps in which both rates rise linearly.
+        table_dtype, moment_dtype: "fp32" or "bf16", of the codes and of their Adam moments.
+        rounding: of bf16 codes: "stochastic" or "nearest".
+        step_mode: what a step of a code is, see `SparseAdam`.
+        projection, radius: where an auto-decoder's codes are kept, see `AutoDecoder`.
+        code_penalty: of an auto-decoder, see there.
+        weight_decay: of the codes, decoupled.
+        beta: weight of the KL divergence in the variational models.
+        pca: start the codes at the principal components of the data.
+        held_out: samples that are held out, drawn by seed; None: a sixth, at most 10,000; 0: none.
+            Data that hold samples out themselves keep to theirs.
+        seed: of held-out samples, initial weights and codes, batches and noise.
+        threads: that torch computes with. Another number changes the last bits.
+        impl: "auto", "triton", "cpu" or "reference".
+        device: "cpu" or "cuda".
+        mapped: keep codes, moments and counters in files in the run's folder while it runs; they
+            may be larger than the memory. See `fastlatent.mapped`.
+
+    Raises:
+        ValueError: a value that is not legal, by name; settings that exclude each other.
+    """
+
+    model: str = "ad"
+    latent_dim: int = 32
+    network: str = "mlp"
+    hidden: tuple[int, ...] | None = None
+    linear_path: bool = False
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 1024
+    lr: float = 1e-3
+    code_lr: float = 0.02
+    schedule: str = "constant"
+    warmup: int = 0
+    table_dtype: str = "fp32"
+    moment_dtype: str = "fp32"
+    rounding: str = "stochastic"
+    step_mode: str = "row"
+    projection: str | None = None
+    radius: float = 1.0
+    code_penalty: float = 0.0
+    weight_decay: float = 0.0
+    beta: float = 0.01
+    pca: bool = False
+    held_out: int | None = None
+    seed: int = 0
+    threads: int = 1
+    impl: str = "auto"
+    device: str = "cpu"
+    mapped: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in (
+            ("model", MODELS), ("network", ("mlp", "conv")), ("schedule", SCHEDULES),
+            ("table_dtype", tuple(DTYPES)), ("moment_dtype", tuple(DTYPES)),
+            ("rounding", ROUNDINGS), ("step_mode", STEP_MODES), ("projection", PROJECTIONS),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) not in legal:
+                choices = ", ".join(map(str, legal))
+                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+        for name, least in (
+            ("latent_dim", 1), ("epochs", 1), ("steps", 1), ("batch_size", 1), ("warmup", 0),
+            ("held_out", 0), ("seed", 0), ("threads", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("epochs", "steps", "held_out"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+        for name in ("lr", "code_lr", "radius"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite; got {value}")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps exclude each other: give one of them")
+        if self.schedule == "cosine" and self.epochs is None and self.steps is None:
+            raise ValueError(
+                "schedule='cosine' needs the length of the run: give epochs or steps (a time "
+                "budget may still end it earlier)"
+            )
+        if self.hidden is not None and self.network == "conv":
+            raise ValueError("hidden is for network='mlp'; network is 'conv'")
+        if self.mapped and self.device != "cpu":
+            raise ValueError(f"mapped is for device='cpu'; device is {self.device!r}")
+        if self.linear_path and self.network == "conv":
+            raise ValueError("linear_path is for network='mlp'; network is 'conv'")
+        for name in ("projection", "code_penalty"):
+            if self.model != "ad" and getattr(self, name):
+                raise ValueError(f"{name} is for model='ad'; model is {self.model!r}")
+        if not self.has_table:
+            for name in ("pca", "weight_decay", "mapped"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is for codes in a table; model is {self.model!r}")
+            for name in ("table_dtype", "moment_dtype"):
+                if getattr(self, name) != "fp32":
+                    raise ValueError(f"{name} is for codes in a table; model is {self.model!r}")
+
+    @property
+    def has_table(self) -> bool:
+        return self.model in ("ad", "vad")
+
+
+def build_model(settings: Settings, data: LatentData, count: int | None = None) -> LatentModel:
+    """The model of these settings for training data, its codes and weights drawn by the seed.
+
+    It has `count` codes, by default one for each sample.
+
+    Raises:
+        ValueError: networks that do not fit the data; see `Settings`.
+    """
+    shape, dim = data.sample_shape, settings.latent_dim
+    count = len(data) if count is None else count
+    low, high = data.value_range
+    sigmoid = low >= 0 and high <= 1 and not settings.linear_path
+    options: dict[str, Any] = {}
+    if settings.network == "mlp":
+        options["hidden"] = settings.hidden or (128, 128)
+    with torch.random.fork_rng([settings.device] if settings.device != "cpu" else []):
+        torch.manual_seed(settings.seed)
+        decoder = build_decoder(
+            settings.network,
+            dim,
+            shape,
+            output="sigmoid" if sigmoid else "linear",
+            **options,
+            **({"linear_path": True} if settings.linear_path else {}),
+        ).to(settings.device)
+        if settings.model == "ad":
+            model: LatentModel = AutoDecoder(
+                decoder,
+                count,
+                dim,
+                projection=settings.projection,
+                radius=settings.radius,
+                code_penalty=settings.code_penalty,
+            )
+        elif settings.model == "vad":
+            model = VariationalAutoDecoder(decoder, count, dim, beta=settings.beta)
+        else:
+            outputs = dim if settings.model == "ae" else 2 * dim
+            encoder = build_encoder(settings.network, shape, outputs, **options)
+            if settings.model == "ae":
+                model = AutoEncoder(decoder, encoder, dim)
+            else:
+                model = VariationalAutoEncoder(decoder, encoder, dim, beta=settings.beta)
+    if isinstance(model, AutoDecoder | VariationalAutoDecoder) and settings.table_dtype != "fp32":
+        weight = model.table.weight
+        weight.data = weight.data.to(DTYPES[settings.table_dtype])
+        model.decoder.register_forward_pre_hook(_as_the_decoder)
+    return model.to(settings.device)
+
+
+def build_optimizers(model: LatentModel, settings: Settings) -> list[Optimizer]:
+    """Adam for the networks and, where there is a table, SparseAdam for the codes."""
+    if not isinstance(model, AutoDecoder | VariationalAutoDecoder):
+        return model.optimizers(settings.lr, settings.code_lr)
+    networks = torch.optim.Adam(model._network_parameters(), lr=settings.lr, fused=True)
+    codes = SparseAdam(
+        model.table.parameters(),
+        lr=settings.code_lr,
+        step_mode=settings.step_mode,
+        weight_decay=settings.weight_decay,
+        moment_dtype=DTYPES[settings.moment_dtype],
+        stochastic_rounding=settings.rounding == "stochastic",
+        assume_unique=True,
+        seed=noise_seed(settings.seed, 0, 0),
+        **model._projection(),
+    )
+    return [networks, codes]
+
+
+def memory_plan(settings: Settings, data: LatentData, folder: Path, ranks: int) -> MemoryPlan:
+    """What a run of these settings takes, `ranks` processes of it on this machine."""
+    return plan(
+        len(data),
+        settings.latent_dim,
+        model=settings.model,
+        dtype=settings.table_dtype,
+        moments=settings.moment_dtype,
+        batch_size=settings.batch_size,
+        data_shape=data.sample_shape,
+        network=settings.network,
+        hidden=settings.hidden,
+        linear_path=settings.linear_path,
+        device=settings.device,
+        mapped=settings.mapped,
+        ranks=ranks,
+        directory=folder,
+    )
+
+
+def start_from_pca(model: LatentModel, data: LatentData) -> None:
+    """Codes at the principal components; a decoder's linear path at the best map from them."""
+    assert isinstance(model, AutoDecoder | VariationalAutoDecoder)
+    model.initialize_pca(data)
+    decoder = model.decoder
+    if not (isinstance(decoder, MLPDecoder) and decoder.linear_path):
+        return
+    dim = model.latent_dim
+    normal = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
+    mixed = torch.zeros(dim + 1, math.prod(model.sample_shape), dtype=torch.float64)
+    for rows in spread(len(data), FITTED).split(CHUNK):
+        z = model.codes[rows.to(model.device)].cpu().double()
+        z = torch.cat([z, torch.ones(len(z), 1, dtype=torch.float64)], dim=1)
+        normal += z.T @ z
+        mixed += z.T @ data.batch(rows).flatten(1).double()
+    # the smallest solution: codes of data with few components are dependent
+    solution = torch.linalg.pinv(normal, hermitian=True) @ mixed
+    with torch.no_grad():
+        decoder.linear.weight.copy_(solution[:-1].T)
+        decoder.linear.bias.copy_(solution[-1])
+
+
+def rate_factor(settings: Settings, total: int | None) -> Callable[[int], float]:
+    """What the learning rates are multiplied with, by the number of steps done."""
+
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / (settings.warmup + 1))
+        if settings.schedule == "constant" or total is None:
+            return rising
+        done = min(max(step - settings.warmup, 0) / max(1, total - settings.warmup), 1.0)
+        return rising * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def spread(length: int, count: int) -> Tensor:
+    """Rows at equal distances."""
+    count = min(length, count)
+    return torch.arange(count) * length // count
+
+
+def _as_the_decoder(decoder: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(decoder.parameters(), torch.empty(0)).dtype
+    return tuple(z.to(dtype) for z in inputs)
