@@ -2,8 +2,8 @@
 
 Ten minutes of training for each of AD and VAD, then three runs over the roundings of a bf16 table;
 FASTLATENT_BENCH_SECONDS sets another time for the first two. Every run has a process of its own, so
-that its peak memory is its own. The length of a run is set by a trial of ten seconds. The width of the
-decoder and the codes' learning rate were chosen among four short runs by their error on the
+that its peak memory is its own. The length of a run is set by a trial of ten seconds. The width of
+the decoder and the codes' learning rate were chosen among four short runs by their error on the
 held-out squares, so the errors here are a little kinder than those of settings chosen blindly.
 """
 

@@ -38,3 +38,10 @@ def resume_command(context: typer.Context) -> str:
             for part in value if isinstance(value, list | tuple) else (value,):
                 words += [parameter.opts[0], str(part)]
     return shlex.join([*words, "--resume"])
+
+
+def widths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"hidden must be numbers such as 128,128; got {text!r}") from None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastlatent._terminal import fail, resume_command, widths
 from fastlatent.cli_infer import infer
 from fastlatent.cli_plan import plan
 from fastlatent.cli_sample import interpolate, sample
@@ -142,7 +142,7 @@ def compare(
                 image_size=image_size,
                 test_fraction=test_fraction,
                 network=network,
-                hidden=None if hidden is None else _widths(hidden),
+                hidden=None if hidden is None else widths(hidden),
                 latent_dim=latent_dim,
                 epochs=epochs,
                 batch_size=batch_size,
@@ -162,7 +162,7 @@ def compare(
     except KeyboardInterrupt:
         _interrupted(context, out, view.studies)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        _fail(error)
+        fail(error)
     _summary(console, comparison, out)
 
 
@@ -357,13 +357,6 @@ def _duration(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}" if whole >= 60 else f"{whole} s"
 
 
-def _widths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"hidden must be numbers such as 128,128; got {text!r}") from None
-
-
 def _interrupted(context: typer.Context, out: Path, studies: _Studies) -> NoReturn:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not (out / "run.json").exists():
@@ -380,34 +373,5 @@ def _interrupted(context: typer.Context, out: Path, studies: _Studies) -> NoRetu
         errors.print(
             f"interrupted: {len(finished)} of 4 models are finished ({kept}){jobs} and kept"
         )
-        errors.print(f"in {out}. To go on: {_resume_command(context)}", markup=False)
+        errors.print(f"in {out}. To go on: {resume_command(context)}", markup=False)
     raise typer.Exit(130)
-
-
-def _resume_command(context: typer.Context) -> str:
-    """The command with the options that were given, but to resume."""
-    words = ["fastlatent", "compare"]
-    for parameter in context.command.params:
-        source: Any = context.get_parameter_source(parameter.name)
-        value = context.params.get(parameter.name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        if parameter.name in ("resume", "overwrite"):
-            continue
-        option = parameter.opts[0]
-        if value is True:
-            words.append(option)
-        else:
-            for part in value if isinstance(value, list | tuple) else (value,):
-                words += [option, str(part)]
-    return shlex.join([*words, "--resume"])
-
-
-def _fail(error: Exception) -> NoReturn:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f": {error.filename}" if error.filename else "")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"error: {' '.join(text.split())}", style="red", markup=False
-    )
-    raise typer.Exit(2)

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastlatent._terminal import fail, widths
+
 if TYPE_CHECKING:
     from fastlatent.memory import MemoryPlan
 
@@ -51,7 +53,6 @@ def plan(
 
     Ends with 0 if the run fits and with 1 if it does not; then the layouts that fit are named.
     """
-    from fastlatent.cli import _fail, _widths
 
     try:
         from fastlatent.memory import plan as planned
@@ -66,7 +67,7 @@ def plan(
             data_shape=None if data_shape is None else _sizes(data_shape),
             data_bytes=_count("data_bytes", data_bytes),
             network=network,
-            hidden=None if hidden is None else _widths(hidden),
+            hidden=None if hidden is None else widths(hidden),
             linear_path=linear_path,
             device=device,
             mapped=mapped,
@@ -74,7 +75,7 @@ def plan(
             directory=out,
         )
     except (ValueError, RuntimeError) as error:
-        _fail(error)
+        fail(error)
     Console().print(*render(found), sep="\n\n", highlight=False, soft_wrap=True)
     try:
         found.check()

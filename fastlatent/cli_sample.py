@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fastlatent._terminal import fail
+
 Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a saved model.")]
 Root = Annotated[
     Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
@@ -144,7 +146,6 @@ def interpolate(
 
 def _report(work: Callable[[], list[str]], quiet: bool) -> None:
     """Do the work, print what it says, turn its errors into those of a command."""
-    from fastlatent.cli import _fail
 
     try:
         lines = work()
@@ -154,7 +155,7 @@ def _report(work: Callable[[], list[str]], quiet: bool) -> None:
     except (
         ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, IndexError
     ) as error:  # fmt: skip
-        _fail(error)
+        fail(error)
     console = Console(quiet=quiet)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

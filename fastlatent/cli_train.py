@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+from fastlatent._terminal import fail, resume_command, widths
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -120,7 +121,6 @@ def train(
     or killed at any moment goes on with --resume and ends as if it had not been. Several processes
     share the work under `torchrun --nproc-per-node=2 -m fastlatent train`.
     """
-    from fastlatent.cli import _fail, _widths
 
     first = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=quiet or not first, highlight=False, soft_wrap=True)
@@ -133,7 +133,7 @@ def train(
             model=model,
             latent_dim=latent_dim,
             network=network,
-            hidden=None if hidden is None else tuple(_widths(hidden)),
+            hidden=None if hidden is None else tuple(widths(hidden)),
             linear_path=linear_path,
             epochs=epochs,
             steps=steps,
@@ -183,7 +183,7 @@ def train(
         *(ValueError, TypeError, OSError, ImportError),
         *(RuntimeError, ArithmeticError, MemoryError),
     ) as error:
-        _fail(error)
+        fail(error)
     for line in _summary(summary):
         console.print(line, markup=False)
     console.print(str(out), markup=False)
@@ -301,24 +301,7 @@ def _interrupted(context: typer.Context, out: Path) -> NoReturn:
     steps = Checkpoints(out / CHECKPOINTS).steps()
     if steps:
         errors.print(f"interrupted: the checkpoint of step {steps[-1]} is in {out}.", markup=False)
-        errors.print(f"To go on: {_resume_command(context)}", markup=False)
+        errors.print(f"To go on: {resume_command(context)}", markup=False)
     else:
         errors.print("interrupted before the first checkpoint")
     raise typer.Exit(130)
-
-
-def _resume_command(context: typer.Context) -> str:
-    """The command with the arguments and options that were given, but to resume."""
-    words = ["fastlatent", "train"]
-    for parameter in context.command.params:
-        source: Any = context.get_parameter_source(parameter.name)
-        value = context.params.get(parameter.name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        if parameter.name in ("resume", "overwrite"):
-            continue
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        else:
-            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
-    return shlex.join([*words, "--resume"])

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlatent import cli, models
+from fastlatent import _terminal, cli, models
 from fastlatent.report import headline
 
 KEYS = ["autoencoder", "variational_autoencoder", "autodecoder", "variational_autodecoder"]
@@ -292,6 +292,6 @@ def test_durations(seconds, text):
 )
 def test_messages_of_the_system_are_readable(error, text, capsys):
     with pytest.raises(cli.typer.Exit) as exit_:
-        cli._fail(error)
+        _terminal.fail(error)
     assert exit_.value.exit_code == 2
     assert text in capsys.readouterr().err
