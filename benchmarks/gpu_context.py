@@ -39,6 +39,13 @@ class Sizes:
     host_batch: int = 4096
     host_steps: int = 2000
     most_rotations: int = 512
+    # DeepSDF's reconstruction: 8 layers of 512, 256 dimensions, 8,000 points, 800 steps
+    shapes: int = 16
+    shapes_looped: int = 2
+    shape_points: int = 8000
+    shape_steps: int = 800
+    shape_dim: int = 256
+    shape_width: int = 512
 
 
 FULL = Sizes()
@@ -62,6 +69,12 @@ TINY = Sizes(
     host_batch=64,
     host_steps=40,
     most_rotations=3,
+    shapes=4,
+    shapes_looped=2,
+    shape_points=24,
+    shape_steps=20,
+    shape_dim=6,
+    shape_width=16,
 )
 
 

@@ -24,6 +24,7 @@ from benchmarks import gpu_measure as measure
 from benchmarks import gpu_work as work_
 from benchmarks.gpu_context import Context, SectionFailed, Sizes, Skipped
 from benchmarks.gpu_programs import card, data_sheet_bandwidth, environment, sanitizer, tests
+from benchmarks.gpu_shapes import shapes
 from benchmarks.gpu_work import PEERS, Shape, Work, check
 from fastlatent import reference
 
@@ -489,6 +490,7 @@ SECTIONS: dict[str, tuple[Callable[[Context], Any], float]] = {
     "rows": (walk, 40),
     "host": (host, 50),
     "launches": (launches, 40),
+    "shapes": (shapes, 90),
     "sanitizer": (sanitizer, 120),
 }
 

@@ -12,8 +12,13 @@ from torch import Tensor
 from fastlatent import _solvers
 from fastlatent._solvers import Adam, LevenbergMarquardt, Problem, Settings, Solver
 
-# on a GPU every batch size needs its own graph: there the batch at least halves each time
+# taking rows out costs about a tenth of a step; on a GPU, where every batch size needs a graph of
+# its own, the batch at least halves each time
+_COMPACTION = 0.9
 _CUDA_COMPACTION = 0.5
+# below so many rows a thread MKL multiplies matrices by other kernels, which round differently:
+# compaction stops there, so that it changes no bit of an MLP's fit
+_ROWS_A_THREAD = 8
 # saved tensors -> peak: gradients and temporaries of the same sizes live beside them
 _PEAK_FACTOR = 2
 
@@ -31,6 +36,7 @@ class Plan:
     cuda_graph: bool
     trace: bool
     seed: int
+    prune: int | None = None
 
 
 class Results:
@@ -59,14 +65,17 @@ class Results:
 def fit(
     problem: Problem,
     starts: Tensor,
+    origin: Tensor | None,
     memory: dict[str, Tensor],
     plan: Plan,
     report: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Fit all samples of `problem` from `starts` [B, R, C]; C is 2D in variational inference.
 
-    `memory` holds an earlier fit's solver state [B, ...] and bool [B] `goes_on`: the samples whose
-    first start takes it over. Interruption ends the loop, not the call.
+    `origin` [B, R] int64, if there is one, tells which starts are the same code.
+    `memory` holds an earlier fit's solver state [B, ...] and, bool [B], `goes_on`: the samples
+    whose first start takes it over, and `near`: those whose first one is an earlier minimum.
+    Interruption ends the loop, not the call.
 
     Returns code, loss, steps, status, trace if asked for, and the solver's memory, each [B, ...].
     """
@@ -76,7 +85,8 @@ def fit(
     try:
         for part in samples.split(max(1, plan.rows // starts.shape[1])):
             some = {name: value[part] for name, value in memory.items()}
-            flight = Flight(problem.take(part), starts[part], some, plan)
+            same = None if origin is None else origin[part]
+            flight = Flight(problem.take(part), starts[part], same, some, plan)
             flight.run(report)
             results.write(part, flight.collect())
             flight = None
@@ -96,7 +106,12 @@ class Flight:
     """One chunk: b samples times R restarts, row = sample * R + restart."""
 
     def __init__(
-        self, problem: Problem, starts: Tensor, memory: dict[str, Tensor], plan: Plan
+        self,
+        problem: Problem,
+        starts: Tensor,
+        origin: Tensor | None,
+        memory: dict[str, Tensor],
+        plan: Plan,
     ) -> None:
         self.plan, self.samples = plan, problem
         self.count, self.restarts, width = starts.shape
@@ -112,7 +127,8 @@ class Flight:
             first = None if noise is None else noise[0]
             self.solver: Solver = Adam(rows, code, plan.settings, plan.lr, first)
         else:
-            self.solver = LevenbergMarquardt(rows, code, plan.settings)
+            same = None if origin is None else origin.flatten()
+            self.solver = LevenbergMarquardt(rows, code, plan.settings, same)
         self._remember(memory)
         self.solver.state["row"] = torch.arange(len(code), device=code.device)
         lasting = ("best", "best_code", "steps", "status", *self.solver.memory)
@@ -124,8 +140,14 @@ class Flight:
             self.trace[:, 0] = self.solver.state["best"]
 
     def _remember(self, memory: dict[str, Tensor]) -> None:
-        """Give rows that go on their earlier state back, if it is this solver's."""
+        """Give rows that go on their earlier state back, if it is this solver's.
+
+        A row near its minimum starts as if it had stalled once: at the smaller rate, and the next
+        stall ends it.
+        """
         state = self.solver.state
+        if "near" in memory and "stalls" in state:
+            state["stalls"][:: self.restarts].masked_fill_(memory["near"], 1)
         if not all(
             name in memory and memory[name].shape[1:] == state[name].shape[1:]
             for name in self.solver.memory
@@ -138,6 +160,7 @@ class Flight:
     def run(self, report: Callable[[int], None]) -> None:
         plan, solver = self.plan, self.solver
         done, alive = 0, len(solver.problem)
+        starts, pruned = self.restarts, 0
         while done < plan.steps and alive:
             count = min(solver.block, plan.steps - done)
             objective = self._advance(count)
@@ -145,18 +168,45 @@ class Flight:
                 rows = solver.state["row"]
                 self.trace[rows, done + 1 : done + 1 + count] = objective.T
             done += count
+            if plan.prune is not None and starts > 1 and done >= pruned + plan.prune:
+                starts, pruned = (starts + 1) // 2, done
+                self._prune(starts)
             running = solver.state["status"] == _solvers.RUNNING
             before, alive = alive, int(running.sum())
             report(before - alive)
-            share = _CUDA_COMPACTION if running.is_cuda else 1.0
-            if plan.compaction and 0 < alive < len(running) and alive <= share * len(running):
+            if plan.compaction and (kept := self._worth_keeping(alive, running)) < len(running):
                 self._land()
-                solver.keep(running.nonzero()[:, 0])
+                rows = running.nonzero()[:, 0]
+                if kept > alive:
+                    rows = torch.cat([rows, (~running).nonzero()[: kept - alive, 0]])
+                solver.keep(rows)
                 self.graph = None
         solver.state["status"].masked_fill_(
             solver.state["status"] == _solvers.RUNNING, _solvers.MAX_STEPS
         )
         report(alive)
+
+    def _worth_keeping(self, alive: int, running: Tensor) -> int:
+        """How many rows go on in flight."""
+        count, share, least = len(running), _CUDA_COMPACTION, 1
+        if not running.is_cuda:
+            share, least = _COMPACTION, _ROWS_A_THREAD * torch.get_num_threads()
+        kept = max(alive, least)
+        return kept if alive and kept <= share * count else count
+
+    def _prune(self, count: int) -> None:
+        """Only the `count` best starts of every sample go on."""
+        self._land()
+        best = self.final["best"].nan_to_num(nan=torch.inf).reshape(self.count, self.restarts)
+        lost = torch.ones_like(best, dtype=torch.bool)
+        lost.scatter_(1, best.argsort(dim=1, stable=True)[:, :count], False)
+        lost = lost.flatten()
+        # in variational inference "best" is a noisy mean: one that was left behind stays behind
+        self.final["best"].masked_fill_(lost, torch.inf)
+        state = self.solver.state
+        gone = lost[state["row"]]
+        state["best"].masked_fill_(gone, torch.inf)
+        state["status"].masked_fill_(gone, _solvers.MAX_STEPS)
 
     def collect(self) -> dict[str, Tensor]:
         """The best restart of every sample, [b, ...] each."""
@@ -213,20 +263,21 @@ class _Graph:  # pragma: no cover (needs a GPU)
     """
 
     def __init__(self, solver: Solver) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.first = solver.advance(solver.block, None)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph):
-                self.trace = solver.advance(solver.block, None)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "decoder or loss cannot be captured in a CUDA graph; pass cuda_graph=False: "
-                f"{error}"
-            ) from error
+        with torch.cuda.device(solver.state["code"].device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.first = solver.advance(solver.block, None)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.trace = solver.advance(solver.block, None)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "decoder or loss cannot be captured in a CUDA graph; pass cuda_graph=False: "
+                    f"{error}"
+                ) from error
 
     def replay(self) -> Tensor:
         self.graph.replay()
@@ -244,7 +295,7 @@ def row_bytes(problem: Problem, method: str, jacobian: str) -> int:
     activations = max(0, saved[1] - saved[0])
     size, numel = code.element_size(), problem.target[0].numel()
     if method == "lm":
-        directions = width if jacobian == "forward" else numel
+        directions = numel if jacobian == "reverse" else width
         activations = activations * (directions + 1) + size * width * (numel + 3 * width)
     return _PEAK_FACTOR * (activations + size * (2 * numel + 10 * width))
 

@@ -7,7 +7,7 @@ GPU: the host reads `status` between blocks of steps.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,11 +28,14 @@ _STALL_FACTOR = 0.3
 _EPS = 1e-8
 # Nielsen's update of the damping (Madsen, Nielsen & Tingleff 2004, Methods for non-linear least
 # squares problems, section 3.2)
-_FIRST_DAMPING = 1e-1
-# Gauss-Newton matrices at the first two steps and every tenth: on digits (8 and 32 dimensions) half
-# the time of one at every step, for the same loss
-_EXACT_STEPS = 2
+_FIRST_DAMPING = 1e-2
+# Gauss-Newton matrices at steps 0, 2, 12, 22, ...: on digits (8 and 32 dimensions) half the time of
+# one at every step, for the same loss
+_SECOND_EXACT = 2
 _REFRESH = 10
+_ROUNDING = 16
+# tangents of so many numbers at a time stay in the cache of a core
+_TANGENT_NUMBERS = 75_000
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of both optimisers; `jacobian` is "forward" or "reverse"."""
+    """Options of both optimisers.
+
+    `jacobian` is "forward", "reverse" or "difference"; `spread` is the codes' standard deviation.
+    """
 
     tol: float
     gradient_tol: float
     patience: int
     betas: tuple[float, float]
     jacobian: str = "forward"
+    spread: float = 1.0
 
 
 class Solver:
@@ -164,7 +171,7 @@ class Adam(Solver):
     the block takes the place of the best value, and the last code that of the best one.
     """
 
-    memory = ("exp_avg", "exp_avg_sq", "age", "stalls")
+    memory = ("exp_avg", "exp_avg_sq", "decay", "stalls")
 
     def __init__(
         self, problem: Problem, code: Tensor, settings: Settings, lr: float, noise: Tensor | None
@@ -175,7 +182,8 @@ class Adam(Solver):
         state |= {
             "exp_avg": torch.zeros_like(code),
             "exp_avg_sq": torch.zeros_like(code),
-            "age": torch.zeros(len(code), dtype=torch.int64, device=code.device),
+            # betas ** steps as products: what pow() rounds to depends on the place in the batch
+            "decay": code.new_ones(len(code), 2),
             "stalls": torch.zeros(len(code), dtype=torch.int64, device=code.device),
             "gradient": torch.zeros_like(code),
             "best_gradient": torch.zeros_like(code),
@@ -217,13 +225,15 @@ class Adam(Solver):
         live = running[:, None]
         gradient, code = state["gradient"], state["code"]
         state["steps"].add_(running)
-        state["age"].add_(running)
+        for column, beta in zip(state["decay"].unbind(1), self.settings.betas, strict=True):
+            column.copy_(torch.where(running, beta * column, column))
         state["exp_avg"].lerp_(gradient, (1 - beta1) * live.to(code.dtype))
         state["exp_avg_sq"].lerp_(gradient.square(), (1 - beta2) * live.to(code.dtype))
-        age = state["age"].clamp(min=1)[:, None].to(code.dtype)
-        mean = state["exp_avg"] / (1 - beta1**age)
-        scale = (state["exp_avg_sq"] / (1 - beta2**age)).sqrt() + _EPS
-        rate = self.lr * _STALL_FACTOR ** state["stalls"].to(code.dtype)
+        correction = 1 - state["decay"]
+        mean = state["exp_avg"] / correction[:, :1]
+        scale = (state["exp_avg_sq"] / correction[:, 1:]).sqrt() + _EPS
+        rate = torch.full_like(correction[:, 0], self.lr)
+        rate = torch.where(state["stalls"] > 0, _STALL_FACTOR * rate, rate)
         moved = self.problem.project(code - rate[:, None] * mean / scale)
         code.copy_(torch.where(live, moved, code))
         return self._evaluate(noise)
@@ -258,9 +268,12 @@ class LevenbergMarquardt(Solver):
 
     memory = ("damping", "growth")
 
-    def __init__(self, problem: Problem, code: Tensor, settings: Settings) -> None:
+    def __init__(
+        self, problem: Problem, code: Tensor, settings: Settings, origin: Tensor | None = None
+    ) -> None:
+        """`origin` [n], int64: rows of the same number start at the same code."""
         super().__init__(problem, code, settings)
-        code = self.state["code"]
+        code, self.origin = self.state["code"], origin
         # looking at `status` costs nothing on a CPU and a synchronisation on a GPU
         self.block = 4 if code.is_cuda else 1
         self.taken = 0
@@ -285,34 +298,33 @@ class LevenbergMarquardt(Solver):
         state, problem = self.state, self.problem
         code, objective, gradient = state["code"], state["best"], state["gradient"]
         hessian, damping = state["hessian"], state["damping"]
-        if self.taken < _EXACT_STEPS or (self.taken - _EXACT_STEPS) % _REFRESH == 0:
-            hessian.copy_(self._gauss_newton(code))
+        if self.taken == 0 or (self.taken - _SECOND_EXACT) % _REFRESH == 0:
+            hessian.copy_(self._first_matrix(code) if self.taken == 0 else self._gauss_newton(code))
             self._stop(~hessian.isfinite().all((1, 2)), NONFINITE)
-        self.taken += 1
         running = state["status"] == RUNNING
         state["steps"].add_(running)
 
         tangent, curvature = self._restrict(code, gradient, hessian)
-        largest = curvature.diagonal(dim1=1, dim2=2).amax(1)
-        damping.copy_(torch.where(damping < 0, _FIRST_DAMPING * largest, damping))
-        factor, failed = torch.linalg.cholesky_ex(
-            curvature + torch.diag_embed(damping[:, None].expand_as(code))
-        )
-        step = -torch.cholesky_solve(tangent[..., None], factor)[..., 0]
+        if self.taken == 0:
+            largest = curvature.diagonal(dim1=1, dim2=2).amax(1)
+            damping.copy_(torch.where(damping < 0, _FIRST_DAMPING * largest, damping))
+        self.taken += 1
+        system = curvature.clone()
+        system.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+        factor, failed = torch.linalg.cholesky_ex(system)
+        step = torch.cholesky_solve(-tangent[..., None], factor)[..., 0]
         moved = problem.project(code + step)
         step = moved - code
         image = (hessian @ step[..., None])[..., 0]
-        predicted = -(step * (gradient + 0.5 * image)).sum(1)
+        predicted = -torch.linalg.vecdot(step, gradient + 0.5 * image)
         attempt, slope = problem.evaluate(moved)
-        finite = attempt.isfinite() & slope.isfinite().all(1) & (failed == 0)
+        flatness = self._without_normal(moved, slope).norm(dim=1)
+        finite = (attempt + flatness).isfinite() & (failed == 0)
         decrease = objective - attempt
         # below its rounding error the objective tells nothing, the gradient still does
-        rounding = (
-            16 * torch.finfo(code.dtype).eps * (objective + objective.sqrt() * state["scale"])
-        )
-        level = decrease.abs() <= rounding
-        flatter = self._without_normal(moved, slope).norm(dim=1) < tangent.norm(dim=1)
-        better = ((decrease > 0) & (predicted > 0)) | (level & flatter)
+        rounding = _ROUNDING * torch.finfo(code.dtype).eps
+        level = decrease.abs() <= rounding * (objective + objective.sqrt() * state["scale"])
+        better = ((decrease > 0) & (predicted > 0)) | (level & (flatness < tangent.norm(dim=1)))
         accepted = running & finite & better
         small = torch.maximum(decrease.abs(), predicted.abs()) <= self.settings.tol * objective
 
@@ -320,8 +332,7 @@ class LevenbergMarquardt(Solver):
         factor = torch.where(accepted, shrink, state["growth"])
         damping.copy_(torch.where(running, damping * factor, damping))
         state["growth"].copy_(torch.where(accepted, 2.0, 2 * state["growth"]))
-        learned = _bfgs(hessian, step, slope - gradient, image)
-        hessian.copy_(torch.where((running & finite & ~level)[:, None, None], learned, hessian))
+        _bfgs_(hessian, step, slope - gradient, image, running & finite & ~level)
         for value, new in ((code, moved), (gradient, slope)):
             value.copy_(torch.where(accepted[:, None], new, value))
         objective.copy_(torch.where(accepted, attempt, objective))
@@ -330,19 +341,39 @@ class LevenbergMarquardt(Solver):
         self._stop(small, CONVERGED)
         return torch.where(running, objective, torch.nan)
 
+    def _first_matrix(self, code: Tensor) -> Tensor:
+        """Where the decoder alone makes the matrix, one of each code: many starts are the same."""
+        if self.origin is None or self.problem.observed is not None or self.problem.context:
+            return self._gauss_newton(code)
+        numbers, inverse = self.origin.unique(return_inverse=True)
+        each = torch.empty_like(numbers).index_copy_(
+            0, inverse, torch.arange(len(code), device=code.device)
+        )
+        return self._gauss_newton(code[each])[inverse]
+
     def _gauss_newton(self, code: Tensor) -> Tensor:
-        problem = self.problem
+        every = self.problem
+        numbers = code.shape[1] * max(1, every.target[0].numel())
+        size = len(code) if code.is_cuda else max(1, _TANGENT_NUMBERS // numbers)
+        difference = math.sqrt(torch.finfo(code.dtype).eps) * self.settings.spread
+        # without observed and context all rows are alike, and there may be fewer than of targets
+        alike = every.observed is None and not every.context
+        products = []
+        for rows in torch.arange(len(code), device=code.device).split(size):
+            some = every if alike else every.take(rows)
 
-        def residual(z: Tensor) -> Tensor:
-            difference = problem.decode(z, *problem.context) - problem.target
-            if problem.observed is not None:
-                difference = torch.where(problem.observed, difference, 0.0)
-            return difference.reshape(len(z), -1)
+            def decoded(z: Tensor, some: Problem = some) -> Tensor:
+                copies = 1 if alike else len(z) // len(some)
+                context = (c.repeat(copies, *[1] * (c.dim() - 1)) for c in some.context)
+                return some.decode(z, *context).reshape(len(z), -1)
 
-        with torch.no_grad():
-            jacobian = jacobian_rows(residual, code, self.settings.jacobian)[1]
-        hessian = 2 * jacobian.mT @ jacobian
-        precision = problem.prior.precision
+            mode = self.settings.jacobian
+            jacobian = jacobian_rows(decoded, code[rows], mode, difference)
+            if some.observed is not None:
+                jacobian = torch.where(some.observed.reshape(len(rows), -1, 1), jacobian, 0.0)
+            products.append(2 * jacobian.mT @ jacobian)
+        hessian = torch.cat(products)
+        precision = every.prior.precision
         return hessian if precision is None else hessian + torch.diag(precision)
 
     def _restrict(self, code: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,38 +391,57 @@ class LevenbergMarquardt(Solver):
         return gradient - normal * slope[:, None], restricted
 
 
-def _bfgs(hessian: Tensor, step: Tensor, change: Tensor, image: Tensor) -> Tensor:
-    """Damped BFGS update of positive definite [n, D, D]: `change` of the gradient over `step`."""
-    along, bent = (step * change).sum(1), (step * image).sum(1)
-    share = torch.where(along >= 0.2 * bent, 1.0, 0.8 * bent / (bent - along))[:, None]
-    change = share * change + (1 - share) * image
-    along = (step * change).sum(1)
-    gained = change[:, :, None] * change[:, None, :] / along[:, None, None]
-    lost = image[:, :, None] * image[:, None, :] / bent[:, None, None]
-    updated = hessian + gained - lost
-    sound = (along > 0) & (bent > 0) & updated.isfinite().all((1, 2))
-    return torch.where(sound[:, None, None], updated, hessian)
+def _bfgs_(hessian: Tensor, step: Tensor, change: Tensor, image: Tensor, rows: Tensor) -> None:
+    """Damped BFGS update of positive definite [n, D, D]: `change` of the gradient over `step`.
+
+    In place, of the rows [n] that are true and where it keeps the matrix definite and finite.
+    """
+    along, bent = torch.linalg.vecdot(step, change), torch.linalg.vecdot(step, image)
+    share = torch.where(along >= 0.2 * bent, 1.0, 0.8 * bent / (bent - along))
+    change = torch.lerp(image, change, share[:, None])
+    along = torch.linalg.vecdot(step, change)
+    vectors = torch.stack([change, image], dim=1)
+    factors = torch.stack([1 / along, -1 / bent], dim=1)
+    # bounds every entry of the update
+    size = (vectors.square().sum(2) * factors).abs().sum(1)
+    sound = (rows & (along > 0) & (bent > 0) & size.isfinite())[:, None, None]
+    vectors = torch.where(sound, vectors, 0.0)
+    scaled = torch.where(sound, vectors * factors[:, :, None], 0.0)
+    hessian.baddbmm_(scaled.mT, vectors)
 
 
 def jacobian_rows(
-    function: Callable[[Tensor], Tensor], z: Tensor, mode: str
-) -> tuple[Tensor, Tensor]:
-    """Values [n, M] and Jacobians [n, M, D] of a function of codes [n, D], row by row.
+    function: Callable[[Tensor], Tensor], z: Tensor, mode: str, difference: float = 0.0
+) -> Tensor:
+    """Jacobians [n, M, D] of a function of codes [m, D] -> [m, M], row by row, at z [n, D].
 
-    "forward" pushes the D unit tangents of all rows through the function at once, "reverse" pulls
-    the M unit cotangents back.
+    "difference" divides forward differences of this length, of which the function gets D + 1 copies
+    of z, one behind the other. "reverse" pulls the M unit cotangents of all rows back at once.
+    "forward" pushes the D unit tangents: the backward pass is linear in the cotangent, and its own
+    derivative pushes forward. That needs no forward-mode formulas, and unlike `torch.func.jvp` it
+    spends nothing on the zero tangents of the weights.
     """
-    if mode == "forward":
-        basis = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-
-        def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(function, (z,), (tangent.expand_as(z).contiguous(),))
-
-        with warnings.catch_warnings():
-            # torch's own forward-mode formulas are TorchScript, deprecated by torch itself
-            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
-            return torch.func.vmap(push, out_dims=(None, -1))(basis)
-    value, pull = torch.func.vjp(function, z)
-    basis = torch.eye(value.shape[1], dtype=value.dtype, device=value.device)
-    (rows,) = torch.func.vmap(lambda cotangent: pull(cotangent.expand_as(value)))(basis)
-    return value, rows.transpose(0, 1)
+    count, dim = z.shape
+    if mode == "difference":
+        with torch.no_grad():
+            offsets = difference * torch.eye(dim + 1, dim, dtype=z.dtype, device=z.device).roll(
+                1, 0
+            )
+            moved = z + offsets[:, None]
+            values = function(moved.flatten(0, 1)).reshape(dim + 1, count, -1)
+            # the length that was taken, after rounding
+            taken = (moved[1:] - z).diagonal(dim1=0, dim2=2).T[..., None]
+            return ((values[1:] - values[0]) / taken).permute(1, 2, 0)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = function(z)
+        if mode == "forward":
+            cotangent = torch.zeros_like(value, requires_grad=True)
+            (pulled,) = torch.autograd.grad(value, z, cotangent, create_graph=True)
+            basis = torch.eye(dim, dtype=z.dtype, device=z.device)[:, None].expand(-1, *z.shape)
+            (columns,) = torch.autograd.grad(pulled, cotangent, basis, is_grads_batched=True)
+            return columns.permute(1, 2, 0)
+        basis = torch.eye(value.shape[1], dtype=value.dtype, device=value.device)[:, None]
+        basis = basis.expand(-1, *value.shape)
+        (rows,) = torch.autograd.grad(value, z, basis, is_grads_batched=True)
+        return rows.transpose(0, 1)

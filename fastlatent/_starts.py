@@ -21,7 +21,7 @@ def nearest(
     count: int,
     rows: int,
     report: Callable[[int], None] = lambda _: None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The `count` training codes whose decodings fit each sample's observed part best.
 
     Args:
@@ -32,13 +32,15 @@ def nearest(
         report: called with the number of codes searched since the last call.
 
     Returns:
-        [B, count, D], the best code first.
+        The codes [B, count, D], the best one first, and their positions, int64 [B, count].
     """
     squared = problem.loss is squared_error and not problem.context
-    candidates = min(count + _EXTRA_CANDIDATES, len(codes)) if squared else count
+    # exact losses are computed for a code and a sample, expanded distances for all pairs at once
+    ranked = count + _EXTRA_CANDIDATES if squared else len(codes)
+    count = min(count, len(codes))
     device, dtype = problem.target.device, problem.prior.mean.dtype
-    best = torch.full((len(problem), candidates), torch.inf, dtype=dtype, device=device)
-    index = torch.zeros((len(problem), candidates), dtype=torch.int64, device=device)
+    best = torch.full((len(problem), count), torch.inf, dtype=dtype, device=device)
+    index = torch.zeros((len(problem), count), dtype=torch.int64, device=device)
     centre = None
     for first in range(0, len(codes), rows):
         chunk = codes[first : first + rows].to(device, dtype)
@@ -46,23 +48,23 @@ def nearest(
         if squared and centre is None:
             # distances of centred vectors lose fewer digits to cancellation
             centre = decoded.mean(0).nan_to_num()
-        # the scores of `step` samples take no more memory than the decodings
-        step = rows * (max(1, centre.numel()) if squared else 1) // len(chunk)
-        for part in torch.arange(len(problem), device=device).split(max(1, min(step, rows))):
+        picks = min(ranked, len(chunk))
+        # neither the decodings of the picks nor the distances take more than `rows` decodings
+        step = rows // picks
+        if squared:
+            step = min(step, rows * max(1, centre.numel()) // len(chunk))
+        for part in torch.arange(len(problem), device=device).split(max(1, step)):
             some = problem.take(part)
-            if squared:
-                scores = _squared_scores(some, decoded, centre)
-            else:
-                scores = _pair_scores(some, chunk, decoded)
-            found = torch.arange(first, first + len(chunk), device=device).expand_as(scores)
-            scores = torch.cat([best[part], scores.nan_to_num(nan=torch.inf)], dim=1)
-            found = torch.cat([index[part], found], dim=1)
-            best[part], order = scores.topk(candidates, largest=False)
+            found = torch.arange(len(chunk), device=device).expand(len(part), -1)
+            if picks < len(chunk):
+                found = _squared_scores(some, decoded, centre).topk(picks, largest=False).indices
+            losses = _losses(some, chunk, decoded, found)
+            losses = torch.cat([best[part], losses.nan_to_num(nan=torch.inf)], dim=1)
+            found = torch.cat([index[part], first + found], dim=1)
+            best[part], order = losses.topk(count, largest=False)
             index[part] = found.gather(1, order)
         report(len(chunk))
-    if squared:
-        index = index.gather(1, best_first(problem, codes[index.to(codes.device)], rows, count))
-    return codes[index.to(codes.device)].to(device, dtype)
+    return codes[index.to(codes.device)].to(device, dtype), index
 
 
 def _squared_scores(problem: Problem, decoded: Tensor, centre: Tensor) -> Tensor:
@@ -70,20 +72,19 @@ def _squared_scores(problem: Problem, decoded: Tensor, centre: Tensor) -> Tensor
     decoded = (decoded - centre).reshape(len(decoded), -1)
     target = (problem.target - centre).reshape(len(problem), -1)
     if problem.observed is None:
-        return decoded.square().sum(1) - 2 * (target @ decoded.T)
+        return torch.addmm(decoded.square().sum(1), target, decoded.T, alpha=-2)
     seen = problem.observed.reshape(len(problem), -1).to(target.dtype)
-    return seen @ decoded.square().T - 2 * ((seen * target) @ decoded.T)
+    return torch.addmm(seen @ decoded.square().T, seen * target, decoded.T, alpha=-2)
 
 
-def _pair_scores(problem: Problem, codes: Tensor, decoded: Tensor | None) -> Tensor:
-    """Losses [n, m] of every code for every sample."""
-    n, m = len(problem), len(codes)
-    pairs = problem.take(torch.arange(n, device=codes.device).repeat_interleave(m))
+def _losses(problem: Problem, codes: Tensor, decoded: Tensor | None, found: Tensor) -> Tensor:
+    """Losses [n, k] of the codes at the positions `found` [n, k]; `decoded` are their decodings."""
+    n, k = found.shape
+    pairs = problem.take(torch.arange(n, device=found.device).repeat_interleave(k))
     if decoded is None:
-        return pairs.data_loss(codes.repeat(n, 1)).reshape(n, m)
-    prediction = decoded.expand(n, *decoded.shape).flatten(0, 1)
-    loss = pairs.loss(prediction, pairs.target, pairs.observed)
-    return loss.reshape(n, m).to(codes.dtype)
+        return pairs.data_loss(codes[found].flatten(0, 1)).reshape(n, k)
+    loss = pairs.loss(decoded[found].flatten(0, 1), pairs.target, pairs.observed)
+    return loss.reshape(n, k).to(codes.dtype)
 
 
 def best_first(problem: Problem, codes: Tensor, rows: int, count: int) -> Tensor:

@@ -22,7 +22,7 @@ from fastlatent.priors import Ball, CodePrior, Gaussian, Prior, Sphere
 
 METHODS = ("adam", "lm")
 INITS = ("zeros", "mean", "prior", "nearest")
-JACOBIANS = ("auto", "forward", "reverse")
+JACOBIANS = ("auto", "forward", "reverse", "difference")
 
 _DEFAULT_STEPS = {"adam": 200, "lm": 100}
 _RELATIVE_LR = 0.2
@@ -90,6 +90,7 @@ def infer(
     prior: Prior | None = None,
     variational: bool = False,
     restarts: int = 1,
+    prune: int | None = None,
     steps: int | None = None,
     lr: float | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
@@ -131,14 +132,14 @@ def infer(
             more may be observed now: a warm start. With `codes` it starts from the nearest code
             instead where that fits what is observed now better than the earlier code does: a guess
             from a few pixels is often the wrong basin. The optimiser's state goes on where a sample
-            had not finished and nothing about it has changed.
+            had not finished and nothing about it has changed; Adam goes on from a code that had
+            converged at 0.3 of the rate, and ends at the first stall.
         codes: training codes [M, D], on any device.
         context: further inputs of the decoder, one tensor or several, each [B, ...]: the
             coordinates of a signed-distance decoder, say. decoder(z, *context) gets matching rows.
         latent_dim: D, needed where neither `codes`, `init` nor `decoder.latent_dim` tell it.
         method: "adam", or "lm" (Levenberg-Marquardt, for "mse" only): about a tenth of the steps
-            for small D, some of which cost D + 1 decodings. The first "lm" call in a process takes
-            about a second more: torch compiles its forward-mode formulas.
+            for small D, some of which cost D + 1 decodings.
         loss: "mse" (the **sum** of squared errors), "l1", "bernoulli" (probabilities),
             "bernoulli_logits", "laplacian_pyramid", "clamped_sdf", all sums over the observed
             dimensions (`fastlatent.losses`); or a function (prediction, target, mask) -> [B], where
@@ -152,6 +153,9 @@ def infer(
             first they are the next nearest codes (also beside an earlier `Fit`, with `codes`),
             further draws from the prior, or the start plus noise of the codes' spread; the draws
             are shared by all samples.
+        prune: every so many steps (Adam: at the stopping test that follows) only the better half of
+            a sample's starts goes on, until one is left (successive halving; Karnin, Koren & Somekh
+            2013): several starts for little more than the price of one. None: all go on.
         steps: at most so many a sample; 0 evaluates the start. Default 200, with "lm" 100.
         lr: Adam's rate in code units. Default 0.2 of the codes' standard deviation (of the
             prior's without `codes`, 0.2 without either; at a warm start the earlier rate).
@@ -163,8 +167,11 @@ def infer(
         gradient_tol: a sample has converged when no entry of the objective's gradient (less what a
             constraint holds) exceeds this.
         patience: steps between stopping tests (Adam).
-        jacobian: of "lm": "forward" (D directions), "reverse" (one per dimension of x) or "auto",
-            the fewer.
+        jacobian: of "lm", for the curvature only (the gradient is exact anyway): "forward" (D
+            directions; the decoder must be twice differentiable), "reverse" (one per dimension of
+            x), "difference" (D + 1 decodings, as `scipy.optimize.least_squares` does it: the
+            fastest, but it magnifies what rounding makes of a batch's size) or "auto": forward or
+            reverse, the fewer.
         chunk_size: codes (samples times restarts) in flight. Default: as many as `max_memory`
             holds.
         max_memory: bytes for what is in flight and for the search of the nearest code, beyond x,
@@ -192,7 +199,9 @@ def infer(
             sample with anything observed, a loss that is not per sample, "lm" with another loss
             than "mse", `max_memory` too small for one code.
     """
-    _check_options(method, jacobian, restarts, steps, lr, betas, patience, chunk_size, max_memory)
+    _check_options(
+        method, jacobian, restarts, prune, steps, lr, betas, patience, chunk_size, max_memory
+    )
     loss_function = _check_loss(loss, method)
     prior = _check_prior(prior, method, variational)
     context = (context,) if isinstance(context, Tensor) else tuple(context)
@@ -232,12 +241,15 @@ def infer(
         some = problem if len(seen) == len(x) else problem.take(seen)
         if isinstance(init, Fit):
             starts, memory = _warm_starts(init, codes, some, seen, restarts, held, generator, bars)
+            origin = None
         else:
-            starts = _cold_starts(init, codes, some, seen, restarts, held, generator, bars)
+            starts, origin = _cold_starts(init, codes, some, seen, restarts, held, generator, bars)
             memory = {}
         plan = Plan(
             method=method,
-            settings=Settings(tol, gradient_tol, patience, betas, jacobian),
+            settings=Settings(
+                tol, gradient_tol, patience, betas, jacobian, _spread(codes, problem.prior)
+            ),
             steps=limit,
             lr=rate,
             rows=chunk_size or held,
@@ -245,9 +257,12 @@ def infer(
             cuda_graph=cuda_graph,
             trace=trace,
             seed=int(new_seed(generator)) if variational else 0,
+            prune=prune,
         )
         bar = bars.add_task("fitting codes", total=len(seen) * restarts)
-        values = _engine.fit(some, starts, memory, plan, lambda count: bars.advance(bar, count))
+        values = _engine.fit(
+            some, starts, origin, memory, plan, lambda count: bars.advance(bar, count)
+        )
         return _fit(problem, seen, values, rate, limit if trace else None)
 
 
@@ -332,12 +347,16 @@ def _cold_starts(
     held: int,
     generator: torch.Generator | None,
     bars: Progress,
-) -> Tensor:
-    """[B, restarts, D], in variational inference [B, restarts, 2D], of the samples in `problem`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Starts [B, restarts, D], in variational inference [B, restarts, 2D], of the samples seen.
+
+    With them, where training codes are the starts, their positions [B, restarts].
+    """
     prior, target = problem.prior, problem.target
     count, dim = len(problem), prior.dim
+    origin = None
     if isinstance(init, str) and init == "nearest":
-        start = _nearest(codes, problem, restarts, held, bars)
+        start, origin = _nearest(codes, problem, restarts, held, bars)
     elif isinstance(init, str) and init == "prior":
         start = prior.draw(restarts, generator).expand(count, -1, -1)
     else:
@@ -349,10 +368,10 @@ def _cold_starts(
         else:
             start = _encoded(init, target, held, dim)
         start = _with_noise(start.reshape(count, -1, dim), codes, prior, restarts, generator)
-    if not problem.variational:
-        return start
-    log_variance = 2 * prior.std.log() + _INITIAL_LOG_VARIANCE
-    return torch.cat([start, log_variance.expand_as(start)], dim=2)
+    if problem.variational:
+        log_variance = 2 * prior.std.log() + _INITIAL_LOG_VARIANCE
+        start = torch.cat([start, log_variance.expand_as(start)], dim=2)
+    return start, origin
 
 
 def _warm_starts(
@@ -376,7 +395,7 @@ def _warm_starts(
     if codes is None:
         start = _with_noise(start, codes, problem.prior, restarts, generator)
     else:
-        start = torch.cat([start, _nearest(codes, problem, restarts, held, bars)], dim=1)
+        start = torch.cat([start, _nearest(codes, problem, restarts, held, bars)[0]], dim=1)
         order = _starts.best_first(problem, start, held, restarts)
         start = start.gather(1, order[..., None].expand(-1, -1, dim))
         kept = order[:, 0] == 0
@@ -386,6 +405,7 @@ def _warm_starts(
     same = torch.isclose(now, loss, rtol=math.sqrt(torch.finfo(now.dtype).eps), atol=0.0)
     unfinished = (status == _solvers.MAX_STEPS) | (status == _solvers.INTERRUPTED)
     memory["goes_on"] = unfinished & same & kept
+    memory["near"] = kept & ((status == _solvers.CONVERGED) | (status == _solvers.GRADIENT))
     if problem.variational:
         blank = 2 * problem.prior.std.log() + _INITIAL_LOG_VARIANCE
         log_variance = blank.expand_as(start).clone()
@@ -395,7 +415,9 @@ def _warm_starts(
     return start, memory
 
 
-def _nearest(codes: Tensor, problem: Problem, count: int, held: int, bars: Progress) -> Tensor:
+def _nearest(
+    codes: Tensor, problem: Problem, count: int, held: int, bars: Progress
+) -> tuple[Tensor, Tensor]:
     bar = bars.add_task("nearest codes", total=len(codes))
     return _starts.nearest(problem, codes, count, held, lambda n: bars.advance(bar, n))
 
@@ -470,6 +492,7 @@ def _check_options(
     method: str,
     jacobian: str,
     restarts: int,
+    prune: int | None,
     steps: int | None,
     lr: float | None,
     betas: tuple[float, float],
@@ -482,13 +505,14 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(legal)}; got {value!r}")
     numbers = {
         "restarts": (restarts, 1),
+        "prune": (prune, 1),
         "steps": (steps, 0),
         "patience": (patience, 1),
         "chunk_size": (chunk_size, 1),
         "max_memory": (max_memory, 1),
     }
     for name, (value, least) in numbers.items():
-        optional = name in ("steps", "chunk_size")
+        optional = name in ("prune", "steps", "chunk_size")
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole and value >= least) and not (optional and value is None):
             raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
