@@ -93,8 +93,8 @@ def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     for bench in session.benchmarks if session else ():
         for key, values in bench.extra_info.items():
-            numeric = isinstance(values, dict) and not any(
-                isinstance(value, dict) for value in values.values()
+            numeric = isinstance(values, dict) and all(
+                isinstance(value, int | float) for value in values.values()
             )
             if numeric and key != "quartiles_ms":
                 numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -73,14 +73,60 @@ def compare_table() -> str:
     return "\n".join(lines)
 
 
+def infer_table() -> str:
+    """Every goal that the inference benchmarks state, whether it is met or not."""
+    lines = ["| encoding unseen digits | goal | measured |", "| --- | ---: | ---: |"]
+    for result in load("bench_infer")["results"].values():
+        for name, entry in result.items():
+            if name.startswith("goal "):
+                met = "" if entry["met"] else ", missed"
+                title = name.removeprefix("goal ")
+                lines.append(f"| {title} | {entry['goal']:.3g} | {entry['measured']:.3g}{met} |")
+    return "\n".join(lines)
+
+
+def million_table() -> str:
+    content = load("bench_million")
+    results, machine = content["results"], content["machine"]
+    lines = [
+        "| 1.4 million patches, 32 dimensions | auto-decoder | variational |",
+        "| --- | ---: | ---: |",
+    ]
+    runs = [results[f"test_million[{kind}]"] for kind in ("ad", "vad")]
+
+    def row(name: str, form: str, value: Any) -> None:
+        lines.append(f"| {name} | {' | '.join(form.format(value(run)) for run in runs)} |")
+
+    row("training, seconds", "{:.0f}", lambda run: run["run"]["seconds"])
+    row("samples a second", "{:,.0f}", lambda run: run["run"]["samples_per_second"])
+    row("unseen error, share of the variance", "{:.5f}", lambda run: run["run"]["test_error"])
+    row("the same of PCA", "{:.5f}", lambda run: run["pca"]["test_error"])
+    row("table's share of a step, profiler", "{:.1%}", lambda r: r["table_share_by_the_profiler"])
+    row("time waiting for data", "{:.2%}", lambda run: run["run"]["waiting_share"])
+    row("peak memory, GiB, at most", "{:.2f}", lambda run: run["resident_gib"])
+    rounding = results["test_rounding"]["over_fp32"]
+    shares = ", ".join(f"{name} {value:.4f}" for name, value in rounding.items() if name != "fp32")
+    lines += [
+        "",
+        f"Unseen error of bf16 tables over that of fp32 after {results['test_rounding']['epochs']} "
+        f"epochs: {shares}. (One thread beside other work: load "
+        f"{machine['load_average_before']:.1f} before the run.)",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "compare": compare_table,
+    "step": step_table,
+    "infer": infer_table,
+    "million": million_table,
+}
+
+
 def render(text: str) -> str:
-    for name, table in (("compare", compare_table()), ("step", step_table())):
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+    for name, table in TABLES.items():
+        pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)"
+        text = re.sub(pattern, (table() + "\n").replace("\\", r"\\"), text, flags=re.DOTALL)
     return text
 
 

@@ -180,7 +180,9 @@ def test_results_are_stored_and_not_measured_again(toy, few, tmp_path):
     noise = torch.rand(()).item()
     # float32 figures
     assert first == pytest.approx([x + noise for x in (10, 20, 30)], rel=1e-6)
-    assert len(list((tmp_path / "studies" / "toy").glob("*.json"))) == 6
+    files = list((tmp_path / "studies" / "toy").glob("*.json"))
+    assert len(files) == 6
+    assert all(json.loads(f.read_text())["processor_seconds"] >= 0 for f in files)
 
     toy.calls.clear()
     seen.clear()

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -216,8 +217,8 @@ def run_jobs(
     for job in list(jobs.results):
         tell(job, True, 0)
     with closing(_finished(jobs, workers or _cores())) as finished:
-        for number, (job, result) in enumerate(finished, start=1):
-            jobs.keep(job, result)
+        for number, (job, (result, seconds)) in enumerate(finished, start=1):
+            jobs.keep(job, result, seconds)
             tell(job, False, number)
     return jobs.collect()
 
@@ -274,8 +275,8 @@ class Jobs:
         self.to_do = [job for jobs in self.of.values() for job in jobs if job not in self.results]
         random.Random(0).shuffle(self.to_do)
 
-    def keep(self, job: Job, result: Measured) -> None:
-        """Take up a result and store it."""
+    def keep(self, job: Job, result: Measured, seconds: float) -> None:
+        """Take up a result and store it with the processor seconds that it took."""
         figures = _json(result.figures)
         if self._folder is not None:
             file = self._file(job)
@@ -285,7 +286,8 @@ class Jobs:
                 np.savez_compressed(packed, **result.arrays)
                 write(file.with_suffix(".npz"), packed.getvalue())
             content = {**job._asdict(), "arguments": json.loads(job.arguments)}
-            content |= {"arrays": sorted(result.arrays), "figures": json.loads(figures)}
+            content |= {"processor_seconds": seconds, "arrays": sorted(result.arrays)}
+            content |= {"figures": json.loads(figures)}
             # the last to be written says that all is there
             write(file, _json(content))
         self.results[job] = Measured(json.loads(figures), dict(result.arrays))
@@ -331,7 +333,7 @@ def forget(out: str | os.PathLike[str]) -> None:
     shutil.rmtree(Path(out) / "studies", ignore_errors=True)
 
 
-def _finished(jobs: Jobs, workers: int) -> Generator[tuple[Job, Measured]]:
+def _finished(jobs: Jobs, workers: int) -> Generator[tuple[Job, tuple[Measured, float]]]:
     alone = [j for j in jobs.to_do if getattr(studies.load(j.study), "ALONE", False)]
     together = [j for j in jobs.to_do if j not in set(alone)]
     if workers == 1 or len(together) < 2:
@@ -344,7 +346,7 @@ def _finished(jobs: Jobs, workers: int) -> Generator[tuple[Job, Measured]]:
 
 def _pooled(
     todo: Sequence[Job], data: LatentData, settings: Settings, workers: int
-) -> Iterator[tuple[Job, Measured]]:
+) -> Iterator[tuple[Job, tuple[Measured, float]]]:
     # loky's processes do not import the caller's script again, so it needs no __main__ guard
     single = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     pool = ProcessPoolExecutor(workers, initializer=_set_up, initargs=(data, settings), env=single)
@@ -376,18 +378,20 @@ def _set_up(data: LatentData, settings: Settings) -> None:
     _here = data, settings
 
 
-def _measure_here(job: Job) -> Measured:
+def _measure_here(job: Job) -> tuple[Measured, float]:
     assert _here is not None
     return _measure(job, *_here)
 
 
-def _measure(job: Job, data: LatentData, settings: Settings) -> Measured:
+def _measure(job: Job, data: LatentData, settings: Settings) -> tuple[Measured, float]:
+    start = time.process_time()
     arguments = json.loads(job.arguments)
     measure = studies.load(job.study).measure
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         try:
-            return measure(data, settings, job.seed, **arguments)
+            result = measure(data, settings, job.seed, **arguments)
+            return result, time.process_time() - start
         except (ArithmeticError, ValueError) as error:
             cell = ", ".join(f"{key}={value}" for key, value in arguments.items())
             message = f"study {job.study}, seed {job.seed}, {cell}: {error}"
