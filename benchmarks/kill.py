@@ -49,32 +49,24 @@ def kill_and_resume(folder, kills, seed=0, settings=SETTINGS, data="digits"):
         process.start()
         return process
 
-    def first_progress(process, out):
-        """From then on time is counted, as what a start takes varies."""
-        before = steps_of(out)
-        while steps_of(out) == before and process.is_alive():
-            time.sleep(0.001)
-        return time.monotonic()
-
     process = start(whole, False)
-    begin = first_progress(process, whole)
     process.join()
-    length = time.monotonic() - begin
     assert process.exitcode == 0
     draw, report = random.Random(seed), []
     for number in range(kills):
         process = start(killed, (killed / "run.json").exists())
-        first_progress(process, killed)
-        time.sleep(draw.uniform(0, 1.2 * length / kills))
+        # counted in steps: how long a start and a step take varies with the machine
+        step = draw.uniform(number, number + 0.8) * settings.steps / kills
+        while process.is_alive() and max(steps_of(killed), default=0) < step:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.002))
         if number % 2:
             while process.is_alive() and not writing(killed):
                 pass
         process.kill()
         process.join()
-        if process.exitcode == 0:
-            break
         assert process.exitcode == -signal.SIGKILL
-        report.append({"step": max(steps_of(killed)), "during_a_checkpoint": writing(killed)})
+        report.append({"step": max(steps_of(killed), default=0), "during_a_checkpoint": writing(killed)})
     process = start(killed, True)
     process.join()
     assert process.exitcode == 0
@@ -95,7 +87,7 @@ def kill_and_resume(folder, kills, seed=0, settings=SETTINGS, data="digits"):
 
 def writing(run):
     """Whether an unfinished checkpoint is there."""
-    return any(entry.name.startswith(".new") for entry in (run / "checkpoints").iterdir())
+    return any((run / "checkpoints").glob(".new*"))
 
 
 def steps_of(run):

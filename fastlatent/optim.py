@@ -18,8 +18,6 @@ from fastlatent.kernels.cpu.pages import empty
 STEP_MODES = ("global", "row", "dense")
 PROJECTIONS = (None, "ball", "sphere")
 _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
-# the table's step count where each row has its own
-_NO_STEP = torch.zeros((), dtype=torch.int64)
 # what a pending dense step was promised: a change of these brings all rows up to date first
 _PROMISED = ("betas", "eps", "weight_decay", "projection", "radius", "stochastic_rounding")
 
@@ -86,6 +84,8 @@ class SparseAdam(Optimizer):
     """
 
     _last_rate: tuple[float, Tensor] | None = None
+    # stands for the table's step count where each row has its own
+    _no_step: Tensor | None = None
 
     def __init__(
         self,
@@ -289,8 +289,12 @@ class SparseAdam(Optimizer):
         state = self._state(group, param)
         found_inf = getattr(self, "found_inf", None)
         lr = self._rate(group["lr"])
-        step = state.get("step", _NO_STEP)
-        if step is not _NO_STEP:
+        step = state.get("step")
+        if step is None:
+            if self._no_step is None:
+                self._no_step = torch.zeros((), dtype=torch.int64)
+            step = self._no_step
+        else:
             step += 1 if found_inf is None else (1 - found_inf).to(step)
         if group["step_mode"] == "dense":
             self._promise(group, param, state, lr)
@@ -393,6 +397,7 @@ class TableLink:
         # what a traced lookup takes along; read from here because a trace cannot look it up
         self.columns = _code_columns(param)
         self.state = optimizer._state(group, param) if group["in_backward"] else {}
+        self.no_step = torch.zeros((), dtype=torch.int64)
         self._renew()
         self.compiled_lookup = False
 
@@ -417,7 +422,7 @@ class TableLink:
                 raise RuntimeError(f"the table's {what} has changed: call step() or zero_grad()")
         self.compiled_lookup = True
         state = self.state
-        step = state["step"] if group["step_mode"] == "global" else _NO_STEP
+        step = state["step"] if group["step_mode"] == "global" else self.no_step
         return (
             *(self.sentinel, self.alias),
             *(state["exp_avg"], state["exp_avg_sq"], state.get("row_step")),

@@ -134,14 +134,13 @@ def test_help_needs_no_torch():
         app.command()(cli_sample.interpolate)
         for command in ("sample", "interpolate"):
             assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
-        print([name for name in ("sklearn", "matplotlib", "scipy") if name in sys.modules])
+        heavy = ("torch", "numpy", "sklearn", "matplotlib", "scipy")
+        print([name for name in heavy if name in sys.modules])
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
     )
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
-    for line in inspect.getsource(cli_sample).splitlines():
-        assert not re.match(r"(import|from) (torch|numpy|fastlatent\.)", line), line
 
 
 def test_sample_writes_images_codes_and_a_grid(run, models, tmp_path):

@@ -909,7 +909,7 @@ def op_arguments():
     return {
         "gather": (weight, index, torch.zeros((), dtype=torch.int64)),
         "adam_rows_": (*narrow, index, grads[0], *numbers, *update.values()),
-        "catch_up_": (*narrow, index, numbers[0], update["history"], *rule),
+        "catch_up_": (*narrow, index, numbers[0], update["history"], *rule, False),
         "reparameterize_kl": (*gaussian, *draw),
         "reparameterize_kl_backward": (*grads, *gaussian, *draw),
         "variational_gather": (weight, index, *draw, torch.zeros((), dtype=torch.int64)),
