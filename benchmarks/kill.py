@@ -66,7 +66,8 @@ def kill_and_resume(folder, kills, seed=0, settings=SETTINGS, data="digits"):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        report.append({"step": max(steps_of(killed), default=0), "during_a_checkpoint": writing(killed)})
+        at = max(steps_of(killed), default=0)
+        report.append({"step": at, "during_a_checkpoint": writing(killed)})
     process = start(killed, True)
     process.join()
     assert process.exitcode == 0

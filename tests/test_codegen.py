@@ -107,9 +107,9 @@ def test_tables_moments_and_gradients_move_in_128_bits(rows):
 
 
 def test_no_fp32_kernel_is_arithmetic_bound_on_an_h200(rows):
-    """Whatever the width from 32 on: powers of two and multiples of four; lookups of odd ones, too.
+    """Whatever the width from 32 on: powers of two, multiples of four, odd ones' lookups.
 
-    The updates of odd widths are not: see benchmarks/notes.md. Nor are the sums over chunks of a hot
+    The updates of odd widths are not: see benchmarks/notes.md. Nor are sums over chunks of a hot
     row in the fused update, which draw a normal for every four bytes that they read; only rows that
     stand 32 times in a batch have such chunks.
     """
