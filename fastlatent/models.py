@@ -124,7 +124,7 @@ class LatentModel(nn.Module):
     def reconstruct(self, index: Tensor, x: Tensor) -> Tensor:
         """Training samples, encoded and decoded, [B, *sample_shape]. No gradient, eval mode."""
         with _evaluating(self):
-            return self.decoder(self.encode(index, x))
+            return _decoded(self.decoder, self.encode(index, x))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` new samples [n, *sample_shape], decoded from codes that `sampler()` draws.
@@ -133,7 +133,7 @@ class LatentModel(nn.Module):
         """
         _at_least_one("n", n)
         with _evaluating(self):
-            return self.decoder(self.sampler().draw(n, generator))
+            return _decoded(self.decoder, self.sampler().draw(n, generator))
 
     @property
     def prior(self) -> Prior | None:
@@ -171,7 +171,7 @@ class LatentModel(nn.Module):
         return self.parameters()
 
     def _squared_error(self, z: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        difference = self.decoder(z) - x
+        difference = _decoded(self.decoder, z) - x
         if mask is not None:
             difference = torch.where(mask, difference, 0.0)
         return difference.square().flatten(1).sum(1)
@@ -636,7 +636,8 @@ class AutoDecoder(_TableModel):
         return None if isinstance(prior, Gaussian) else prior
 
     def sampler(self) -> Sampler:
-        return within(self.prior, GaussianSampler.fit(self.codes))
+        wide = torch.promote_types(self.codes.dtype, torch.float32)
+        return within(self.prior, GaussianSampler.fit(self.codes.to(wide)))
 
 
 class VariationalAutoDecoder(_TableModel):
@@ -766,7 +767,7 @@ class _Rehearsal:
     def read(self, rows: np.ndarray) -> np.ndarray:
         index = torch.from_numpy(rows).to(self.codes.device)
         with _evaluating(self.decoder):
-            samples = self.decoder(self.codes[index])
+            samples = _decoded(self.decoder, self.codes[index])
         old = index < self.old
         if self.data is not None:
             known = index[old]
@@ -860,6 +861,11 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _decoded(decoder: nn.Module, z: Tensor) -> Tensor:
+    """Samples of codes, which a table may hold in another dtype than the decoder's."""
+    return decoder(z.to(next(decoder.parameters(), z).dtype))
 
 
 def _tried(name: str, network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:

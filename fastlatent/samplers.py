@@ -360,6 +360,8 @@ def training_codes(
 ) -> Tensor:
     """Codes of the training samples [N, latent_dim], in eval mode and without gradient.
 
+    In the dtype of the model's codes, but at least fp32.
+
     Args:
         data: the samples, for AE and VAE; an AD or VAD holds its codes itself.
         draws: of a posterior, one draw for each sample; False: its mean. AE and AD have one code.
@@ -387,7 +389,8 @@ def training_codes(
             continue
         mean, log_variance = model.posterior(index, x)
         codes.append(mean + (0.5 * log_variance).exp() * _normal(len(mean), mean[0], generator))
-    return torch.cat(codes)
+    found = torch.cat(codes)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 @torch.no_grad()

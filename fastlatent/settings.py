@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlatent.data import LatentData
@@ -197,7 +197,6 @@ def build_model(settings: Settings, data: LatentData, count: int | None = None) 
     if isinstance(model, AutoDecoder | VariationalAutoDecoder) and settings.table_dtype != "fp32":
         weight = model.table.weight
         weight.data = weight.data.to(DTYPES[settings.table_dtype])
-        model.decoder.register_forward_pre_hook(_as_the_decoder)
     return model.to(settings.device)
 
 
@@ -279,8 +278,3 @@ def spread(length: int, count: int) -> Tensor:
     """Rows at equal distances."""
     count = min(length, count)
     return torch.arange(count) * length // count
-
-
-def _as_the_decoder(decoder: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    dtype = next(decoder.parameters(), torch.empty(0)).dtype
-    return tuple(z.to(dtype) for z in inputs)

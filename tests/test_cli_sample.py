@@ -437,3 +437,16 @@ def test_the_folder_is_readable_as_others_are(run, models, tmp_path):
     assert run("sample", models / "ad", "--number", 2).exit_code == 0
     modes = [(tmp_path / name).stat().st_mode for name in ("fastlatent-sample", "other")]
     assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("sampler", ["gaussian", "mixture", "slerp"])
+def test_a_bf16_table_is_sampled(run, array, tmp_path, sampler):
+    model = AutoDecoder(MLPDecoder(D, SHAPE, (8,)), N, D)
+    model.table.weight.data = model.table.weight.data.bfloat16()
+    save_model(model, tmp_path / "ad", data=load_data(array))
+    out = tmp_path / "out"
+    result = run("sample", tmp_path / "ad", "--sampler", sampler, "--number", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert np.load(out / "codes.npy").dtype == np.float32
+    result = run("interpolate", tmp_path / "ad", "0", "2", "--out", tmp_path / "strip")
+    assert result.exit_code == 0, result.output

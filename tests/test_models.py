@@ -734,3 +734,17 @@ def test_bad_initialisation_and_sampler():
     ):
         with pytest.raises(ValueError, match=message):
             auto_encoder.fit_sampler(codes)
+
+
+@pytest.mark.parametrize("kind", [AutoDecoder, VariationalAutoDecoder])
+def test_a_bf16_table_serves_an_fp32_decoder(kind):
+    decoder = MLPDecoder(3, (2, 2), hidden=(4,))
+    model = kind(decoder, 9, 3)
+    model.table.weight.data = model.table.weight.data.bfloat16()
+    x = torch.rand(9, 2, 2)
+    loss = model.loss(torch.arange(9), x).total.sum()
+    loss.backward()
+    assert model.table.weight.grad.dtype == torch.bfloat16
+    assert model.reconstruct(torch.arange(9), x).dtype == torch.float32
+    assert model.sample(5).dtype == torch.float32
+    assert model.infer(x[:2], steps=3).latent.dtype == torch.float32
