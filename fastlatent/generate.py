@@ -269,7 +269,7 @@ def _end(
                 f"{name}={end!r} is none of the {len(table.ids)} ids in {str(run)!r}, such as "
                 f"{some}; for an unseen sample give a .npy file"
             ) from None
-    return _wide(model.codes[row].clone())
+    return samplers.widened(model.codes[row].clone())
 
 
 def _row(name: str, end: str, length: int, of: str) -> int:
@@ -350,7 +350,7 @@ def _centre(model: LatentModel) -> Tensor:
         # for its error where it was not fitted
         model.sampler()
         return model.code_mean
-    return _wide(model.codes.mean(0))
+    return samplers.widened(model.codes.mean(0))
 
 
 def _fitting(samples: LatentData, run: Any, model: LatentModel) -> LatentData:
@@ -470,8 +470,3 @@ def _replacing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-
-
-def _wide(code: Tensor) -> Tensor:
-    """At least fp32, as the code's samplers and decoder are, whatever the table's dtype."""
-    return code.to(torch.promote_types(code.dtype, torch.float32))

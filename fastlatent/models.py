@@ -34,7 +34,7 @@ from fastlatent.functional import prior_tensor, reparameterize_kl
 from fastlatent.inference import Fit, infer
 from fastlatent.optim import PROJECTIONS, SparseAdam
 from fastlatent.priors import Ball, CodePrior, Gaussian, Prior, Sphere
-from fastlatent.samplers import GaussianSampler, PriorSampler, Sampler, within
+from fastlatent.samplers import GaussianSampler, PriorSampler, Sampler, widened, within
 from fastlatent.tables import LatentTable, VariationalLatentTable
 
 VARIANCES = ("learned", "fixed", "none")
@@ -636,8 +636,7 @@ class AutoDecoder(_TableModel):
         return None if isinstance(prior, Gaussian) else prior
 
     def sampler(self) -> Sampler:
-        wide = torch.promote_types(self.codes.dtype, torch.float32)
-        return within(self.prior, GaussianSampler.fit(self.codes.to(wide)))
+        return within(self.prior, GaussianSampler.fit(widened(self.codes)))
 
 
 class VariationalAutoDecoder(_TableModel):

@@ -389,8 +389,12 @@ def training_codes(
             continue
         mean, log_variance = model.posterior(index, x)
         codes.append(mean + (0.5 * log_variance).exp() * _normal(len(mean), mean[0], generator))
-    found = torch.cat(codes)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    return widened(torch.cat(codes))
+
+
+def widened(codes: Tensor) -> Tensor:
+    """The codes in fp32 or wider, as samplers and decoder compute, whatever the table's dtype."""
+    return codes.to(torch.promote_types(codes.dtype, torch.float32))
 
 
 @torch.no_grad()
