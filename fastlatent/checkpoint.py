@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +24,19 @@ from fastlatent.optim import SparseAdam
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _FORMAT = 1
+_PIECE = 2**23
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _NAME = re.compile(r"step-(\d{12})")
 
 
@@ -75,21 +87,16 @@ class Checkpoints:
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` and remove those that are too old.
 
-        Tensors on the CPU are written from where they are, without a copy.
+        Tensors are written from where they are, a few MiB at a time, without a copy of the whole.
 
         Raises:
-            OSError: it cannot be written; nothing of it is left then, and the others stay.
+            OSError: it cannot be written. TypeError: a dtype that safetensors has not. Nothing of
+            it is left then, and the others stay.
         """
         new = self._new(step)
         try:
             self._begin(new)
-            try:
-                safetensors.save_file(
-                    {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                    new / TENSORS,
-                )
-            except SafetensorError as error:
-                raise _system_error(error, new / TENSORS) from error
+            _save(tensors, new / TENSORS)
             self._complete(new, step, {TENSORS: sha256(new / TENSORS)}, state)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -268,16 +275,40 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file piece by piece; the library's own writer wants it all in one place.
+
+    https://huggingface.co/docs/safetensors: the length of the header, the header in JSON, and the
+    tensors without gaps, here those of the largest elements first so that all are aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: a checkpoint holds no {tensor.dtype}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "xb") as out:
+        out.write(len(text).to_bytes(8, "little"))
+        out.write(text)
+        for name in names:
+            tensor = tensors[name].detach()
+            flat = tensor.reshape(1) if tensor.dim() == 0 else tensor
+            rows = max(1, _PIECE * len(flat) // max(1, flat.numel() * flat.element_size()))
+            for piece in flat.split(rows):
+                out.write(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
 def _to_disk(place: Path) -> None:
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _system_error(error: SafetensorError, file: Path) -> OSError:
-    """safetensors hides the system's error number in its text."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else errno.EIO
-    return OSError(number, os.strerror(number), str(file))

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import torch as safetensors
 
 from fastlatent import checkpoint as module
 from fastlatent.checkpoint import STATE, TENSORS, Checkpoints, captured, locked, restore
@@ -103,7 +103,7 @@ def test_a_state_with_another_step_is_damaged(checkpoints):
         assert checkpoints.latest() is None
 
 
-@pytest.mark.parametrize("at", ["mkdir", "save_file", "write_text", "_to_disk", "rename"])
+@pytest.mark.parametrize("at", ["mkdir", "_save", "write_text", "_to_disk", "rename"])
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatch, at):
     checkpoints.write(1, tensors(1), {})
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -113,14 +113,13 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatc
 
     if at == "mkdir":
         monkeypatch.setattr(type(checkpoints.folder), "mkdir", fail)
-    elif at == "save_file":
-        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    elif at == "_save":
 
-        def fail_as_safetensors(*_):
-            (checkpoints.folder / ".new-000000000002" / TENSORS).write_bytes(b"half")
-            raise SafetensorError(text)
+        def half(_, file):
+            file.write_bytes(b"half")
+            raise full
 
-        monkeypatch.setattr(module.safetensors, "save_file", fail_as_safetensors)
+        monkeypatch.setattr(module, "_save", half)
     elif at == "write_text":
         monkeypatch.setattr(type(checkpoints.folder), "write_text", fail)
     elif at == "_to_disk":
@@ -210,6 +209,49 @@ def test_nothing_is_copied(data):
     assert taken["model.table.weight"].data_ptr() == model.table.weight.data_ptr()
     moments = optimizers[1].state[model.table.weight]["exp_avg"]
     assert taken["optimizer.1.0.exp_avg"].data_ptr() == moments.data_ptr()
+
+
+KINDS = list(module._DTYPES)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 2**23])
+def test_the_file_is_one_of_safetensors(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(module, "_PIECE", piece)
+    both = torch.randn(10, 2, 3)
+    found = {str(kind): torch.randn(5, 3).mul(10).to(kind) for kind in KINDS}
+    found |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4), "none": torch.zeros(4, 0)}
+    found |= {"first": both[:, 0], "second": both[:, 1], "turned": torch.randn(3, 4, 2).mT}
+    module._save(found, tmp_path / "file")
+    read = safetensors.load_file(tmp_path / "file")
+    assert read.keys() == found.keys()
+    for name, tensor in found.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+
+
+def test_a_dtype_that_the_format_has_not_is_named(checkpoints):
+    with pytest.raises(TypeError, match="odd: a checkpoint holds no"):
+        checkpoints.write(1, {"model.odd": torch.zeros(2, dtype=torch.complex64)}, {})
+    assert checkpoints.latest() is None
+
+
+def test_tensors_that_lie_apart_are_written_without_a_copy_of_the_whole(tmp_path):
+    """A child process may take far less memory than the tensors that it writes."""
+    code = (
+        "import resource, sys, torch; from pathlib import Path\n"
+        "from fastlatent.checkpoint import Checkpoints\n"
+        "both = torch.ones(2**20, 2, 16); half = 64 * 2**20\n"
+        "write = Checkpoints(Path(sys.argv[1])).write\n"
+        "write(1, {'small': both[:9, 0]}, {})\n"
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: 1024 * int(status().split('VmHWM:')[1].split()[0])\n"
+        "open('/proc/self/clear_refs', 'w').write('5'); before = peak()\n"
+        "write(2, {'first': both[:, 0], 'second': both[:, 1]}, {})\n"
+        "print((peak() - before) / half)"
+    )
+    run = [sys.executable, "-c", code, tmp_path / "run"]
+    share = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    # two pieces of 8 MiB, one copied and one written, of 64
+    assert share < 0.4
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints, data):
