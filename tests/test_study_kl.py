@@ -63,7 +63,7 @@ def test_cells_are_the_sweeps_of_the_issue(few):
     for name in kl.PLAIN_OF:
         betas = [c["beta"] for c in cells if c["model"] == name and c["width"] == 1]
         assert betas[0] == 0 and USUAL in betas and betas == sorted(betas)
-        for mode in ("same", "units", "decoder"):
+        for mode in ("same", "units", "decoder", kl.UNDONE[name]):
             widths = [c["width"] for c in cells if (c["model"], c["mode"]) == (name, mode)]
             assert set(kl.WIDTHS) <= set(widths)
 
@@ -91,6 +91,16 @@ def test_width_is_undone_by_a_decoder_that_reads_z_over_p(few):
     assert abs(half["mse"] - one["mse"]) < 0.1 * abs(same["mse"] - one["mse"])
 
 
+def test_width_is_undone_by_rescaling_encoder_and_decoder(few):
+    """An encoder to z·p before a decoder of z/p is the model of width 1, in its gradients too."""
+    one = measure(few, "variational_autoencoder", beta=USUAL, width=1.0, mode="same")
+    undone = measure(few, "variational_autoencoder", beta=USUAL, width=0.25, mode="both")
+    # 0.25 and 2 log 0.25 are exact or add one rounding a value and step
+    assert undone["mse"] == pytest.approx(one["mse"], rel=1e-4)
+    assert undone["rate"] == pytest.approx(one["rate"], rel=1e-4)
+    assert undone["sigma"] == pytest.approx(one["sigma"], rel=1e-4)
+
+
 def figures_of(mse, **more):
     plain = {"mse": mse, "frechet": 0.5}
     noisy = {"noisy_mse": 1.5 * mse, "rate": 12.0, "sigma": 0.25, "active": 2, "share": 0.125}
@@ -107,7 +117,7 @@ def synthetic(vad=0.75, narrow=4.0, undone=1.0, without=1.0):
         if cell["mode"] is None or cell["beta"] == 0:
             mse = 0.006 * (without if cell["beta"] == 0 else 1)
         elif cell["width"] == min(kl.WIDTHS):
-            mse *= undone if cell["mode"] == "decoder" else narrow
+            mse *= undone if cell["mode"] == kl.UNDONE[cell["model"]] else narrow
         # seeds scatter by a thousandth
         results += [
             Result(seed, cell, figures_of(mse * (1 + seed / 1000)), {}) for seed in TINY.seeds
@@ -123,6 +133,7 @@ def synthetic(vad=0.75, narrow=4.0, undone=1.0, without=1.0):
         ({"vad": 1.0}, "cannot be told apart (ratio 1.0)"),
         ({}, "by 4.0 with the codes’ rate times p"),
         ({}, "choice of units only where the decoder’s input is rescaled"),
+        ({}, "where the decoder’s input and the encoder’s output are rescaled with it"),
         ({"undone": 3.0}, "more than a choice of units in each of these trainings"),
         ({"narrow": 1.0}, "no harm of a narrow prior can be told here"),
         ({}, "VAD without KL (β = 0) falls back to AD: its error is 1.00 of AD’s"),

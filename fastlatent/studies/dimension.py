@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
-from sklearn.neighbors import KNeighborsClassifier
 
 from fastlatent.data import LatentData
 from fastlatent.figures import INKS, MODELS, label, legend, panels, spread
+from fastlatent.quality import knn_accuracy
 from fastlatent.studies._codes import has_table, mean_squared_error, training_codes, unseen_codes
 from fastlatent.studies._run import (
     MODEL_KEYS,
@@ -366,9 +366,7 @@ def _mean_squared(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _accuracy(train: LatentData, test: LatentData, codes: np.ndarray, unseen: np.ndarray) -> float:
-    assert train.labels is not None and test.labels is not None
-    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(codes)))
-    return float(classifier.fit(codes, train.labels.numpy()).score(unseen, test.labels.numpy()))
+    return knn_accuracy(codes, train.labels, unseen, test.labels, NEIGHBOURS).value
 
 
 def _trust(x: np.ndarray, codes: np.ndarray) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ MODES = {
     "rate": "the codes’ rate times p",
     "units": "codes kept in units of p",
     "decoder": "the decoder reading z/p",
+    "both": "the encoder writing z·p and the decoder reading z/p",
 }
+# what each model needs for the width to be undone
+UNDONE = {"variational_autoencoder": "both", "variational_autodecoder": "decoder"}
 # Burda, Grosse & Salakhutdinov (2016), section 5.2
 ACTIVE = 0.01
 # the model that each falls back to without noise and KL
@@ -66,7 +70,8 @@ def cells(data: LatentData, settings: Settings) -> list[dict[str, Any]]:
             {"model": name, "beta": factor * settings.beta, "width": 1.0, "mode": "same"}
             for factor in BETAS
         ]
-        modes = [m for m in MODES if m != "rate" or name == "variational_autodecoder"]
+        foreign = "rate" if name == "variational_autoencoder" else "both"
+        modes = [mode for mode in MODES if mode != foreign]
         made += [
             {"model": name, "beta": settings.beta, "width": width, "mode": mode}
             for mode in modes
@@ -87,6 +92,19 @@ class _Scaled(nn.Module):
         return self.decoder(self.factor * z)
 
 
+class _ScaledEncoder(nn.Module):
+    """An encoder to the distribution of factor · z."""
+
+    def __init__(self, encoder: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return torch.cat((self.factor * mean, log_variance + 2 * math.log(self.factor)), 1)
+
+
 def measure(
     data: LatentData,
     settings: Settings,
@@ -102,7 +120,9 @@ def measure(
     width, epochs = width or 1.0, _epochs(settings)
     settings = dataclasses.replace(settings, beta=beta or 0.0)
     built = build_model(model, train, settings, seed, prior_std=1.0 if mode == "units" else width)
-    if mode in ("units", "decoder"):
+    if mode == "both":
+        built.encoder = _ScaledEncoder(built.encoder, width)
+    if mode in ("units", "decoder", "both"):
         built.decoder = _Scaled(built.decoder, width if mode == "units" else 1 / width)
     code_lr = settings.code_lr * (width if mode in ("rate", "decoder") else 1.0)
     fit(
@@ -335,10 +355,11 @@ def section(study: KlStudy) -> Section:
             "data in the features of a small network trained on the same data.",
             "Widths: the KL divergence depends on μ/p and σ/p only. “"
             + "”, “".join(MODES.values())
-            + "”: the last of them undoes the width before the decoder’s first layer; in the "
-            "others that layer’s weights have to grow by 1/p. An encoder’s outputs would have to "
-            "be rescaled too. AE and AD have no prior: their samples are from a Gaussian fitted to "
-            "the training codes.",
+            + "”: where the decoder reads z/p (and VAD’s codes move at their rate times p) the "
+            "width is undone before the decoder’s first layer; in the others that layer’s weights "
+            "have to grow by 1/p. An encoder has to shrink its outputs by p, unless it writes z·p. "
+            "AE and AD have no prior: their samples are from a Gaussian fitted to the training "
+            "codes.",
         ),
     )
 
@@ -419,13 +440,15 @@ def _width(study: KlStudy, name: str) -> str:
     parts = ", ".join(
         f"by {significant(p.against.mean, 2)} with {MODES[mode]}" for mode, p in points.items()
     )
+    last = points[UNDONE[name]].against
     # three seeds that scatter widely prove no difference, but no equality either
-    undone = beyond(points["decoder"].against) == 0 and points["decoder"].against.mean < 1.1
-    others = [mode for mode, p in points.items() if mode != "decoder" and beyond(p.against) > 0]
+    undone = beyond(last) == 0 and last.mean < 1.1
+    others = [mode for mode, p in points.items() if p.against != last and beyond(p.against) > 0]
     if undone and others:
-        verdict = (
-            "the width is a choice of units only where the decoder’s input is rescaled with it"
+        rescaled = "decoder’s input" + (
+            " and the encoder’s output are" if UNDONE[name] == "both" else " is"
         )
+        verdict = f"the width is a choice of units only where the {rescaled} rescaled with it"
     elif others:
         verdict = "the width is more than a choice of units in each of these trainings"
     else:

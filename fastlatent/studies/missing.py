@@ -30,7 +30,7 @@ TITLE = "Missing data in training"
 QUESTION = (
     "What do the models learn where part of every sample is missing, in training and afterwards?"
 )
-FRACTIONS = (0.0, 0.25, 0.5, 0.75, 0.9)
+FRACTIONS = (0.0, 0.25, 0.5, 0.9)
 PATTERNS = {"random": "missing at random", "block": "missing in a block"}
 HEAVIER = 10
 
