@@ -62,11 +62,11 @@ def compare_table() -> str:
     ]
     for name, figures in results["models"].items():
         cells = [
-            "{mean:.{d}f} ({low:.{d}f}–{high:.{d}f})".format(**figures[key], d=digits)
-            for key, digits in (
-                ("train_mse", 5),
-                ("test_mse", 5),
-                ("infer_ms_per_sample", 2),
+            "{mean:{form}} ({low:{form}}–{high:{form}})".format(**figures[key], form=form)
+            for key, form in (
+                ("train_mse", ".5f"),
+                ("test_mse", ".5f"),
+                ("infer_ms_per_sample", "#.2g"),
             )
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 import fastlatent as fl
+from benchmarks.test_bench_million import OPTIONS
+from fastlatent.data import load_data
 from fastlatent.memory import Machine, plan, size
+from fastlatent.settings import Settings, build_model, build_optimizers
 
 N, D, B = 1_000_000, 64, 4096
 WARMUP = 3
@@ -46,6 +49,7 @@ def dense_adam(rows, dim):
     return table, torch.optim.Adam(table.parameters(), lr=1e-2, fused=True)
 
 
+CODES = ("fastlatent", "torch fused Adam")
 PEERS = {"torch SparseAdam": sparse_adam, "torch fused Adam": dense_adam}
 
 
@@ -162,6 +166,51 @@ def test_scaling_flat(benchmark, interleave):
     providers = {name: lambda _, n=name: steps[n](next(walks[n])) for name in sizes}
     medians = interleave(
         providers, range(WARMUP + 100), baseline="N = 1e5", subject="N = 1e7", warmup=WARMUP
+    )
+    benchmark.extra_info["times_the_step_at_1e5_rows"] = medians["N = 1e7"] / medians["N = 1e5"]
+    steps.clear()
+    gc.collect()
+
+
+def training_step(rows, codes):
+    """The step of test_bench_million's auto-decoder on a table of that many rows."""
+    torch.manual_seed(0)
+    settings, data = Settings(model="ad", **{**OPTIONS, "pca": False}), load_data("patches")
+    model = build_model(settings, data, rows)
+    networks, optimizer = build_optimizers(model, settings)
+    if codes == "torch fused Adam":
+        # the same codes as an embedding with a dense gradient; `loss` needs no more of a table
+        table = nn.Embedding.from_pretrained(model.table.weight.detach(), freeze=False)
+        model.table = table
+        optimizer = torch.optim.Adam(table.parameters(), lr=settings.code_lr, fused=True)
+
+    def step(index):
+        x = data.batch(index % len(data))
+        networks.zero_grad()
+        optimizer.zero_grad()
+        model.loss(index, x).total.sum().backward()
+        networks.step()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.benchmark(group="scaling: a training step at 10⁷ rows beside 10⁵")
+@pytest.mark.parametrize("codes", CODES)
+def test_scaling_training(benchmark, interleave, codes):
+    """A whole training step with its decoder, D = 32, B = 2,048: what the number of samples costs.
+
+    Sample i beyond the 1.4 million patches has the pixels of patch i mod 1.4 million.
+    """
+    sizes = {"N = 1e5": 10**5, "N = 1e7": 10**7}
+    rounds = WARMUP + (100 if codes == "fastlatent" else 10)
+    steps = {name: training_step(rows, codes) for name, rows in sizes.items()}
+    walks = {
+        name: iter(batches(rows, OPTIONS["batch_size"], rounds)) for name, rows in sizes.items()
+    }
+    providers = {name: lambda _, n=name: steps[n](next(walks[n])) for name in sizes}
+    medians = interleave(
+        providers, range(rounds), baseline="N = 1e5", subject="N = 1e7", warmup=WARMUP
     )
     benchmark.extra_info["times_the_step_at_1e5_rows"] = medians["N = 1e7"] / medians["N = 1e5"]
     steps.clear()
