@@ -34,7 +34,8 @@ _adam_scales = rules.bind(rules.adam_scales, **_NAMES)
 _sparse_adam_scales = rules.bind(rules.sparse_adam_scales, **_NAMES)
 _reparameterize = rules.bind(rules.reparameterize, **_NAMES)
 _twice_kl = rules.bind(rules.twice_kl, **_NAMES)
-_variational_gradient = rules.bind(rules.variational_gradient, **_NAMES)
+_mean_gradient = rules.bind(rules.mean_gradient, **_NAMES)
+_log_variance_gradient = rules.bind(rules.log_variance_gradient, **_NAMES)
 _round_to_bfloat16 = rules.bind(rules.round_to_bfloat16, **_NAMES)
 _round_to_float16 = rules.bind(rules.round_to_float16, **_NAMES)
 _round_to_subnormal_float16 = rules.bind(rules.round_to_subnormal_float16, **_NAMES)
@@ -374,12 +375,13 @@ def reparameterize_kl_backward(
     epsilon = (
         _noise(mean, seed, noise) if sample else torch.zeros((), dtype=compute).to(mean.device)
     )
-    gradients = _variational_gradient(
-        *(grad_z.to(compute), grad_kl.to(compute)[:, None]),
-        *(mean.to(compute), log_variance.to(compute), epsilon),
-        *_prior(prior_mean, prior_std, compute),
+    grad_z, grad_kl = grad_z.to(compute), grad_kl.to(compute)[:, None]
+    m, inverse_std, log_prior = _prior(prior_mean, prior_std, compute)
+    grad_mean = _mean_gradient(grad_z, grad_kl, mean.to(compute), m, inverse_std)
+    grad_log_variance = _log_variance_gradient(
+        grad_z, grad_kl, log_variance.to(compute), epsilon, log_prior
     )
-    return gradients[0].to(mean.dtype), gradients[1].to(mean.dtype)
+    return grad_mean.to(mean.dtype), grad_log_variance.to(mean.dtype)
 
 
 def _noise(mean: Tensor, seed: Tensor, noise: Tensor | None) -> Tensor:

@@ -228,7 +228,8 @@ sparse_adam_scales = _rule(rules.sparse_adam_scales, expm1=expm1_wide)
 reparameterize = _rule(rules.reparameterize, exp=_exp_of_half, HALF=constant(1.0))
 reparameterize_16_bit = _rule(rules.reparameterize, exp=_short_exp_of_half, HALF=constant(1.0))
 twice_kl = _rule(rules.twice_kl)
-variational_gradient = _rule(rules.variational_gradient)
+mean_gradient = _rule(rules.mean_gradient)
+log_variance_gradient = _rule(rules.log_variance_gradient)
 _box_muller = _rule(rules.box_muller, log_uniform=_log_uniform, turn=_turn)
 _box_muller_in_hardware = _rule(
     rules.box_muller,

@@ -31,6 +31,8 @@ from fastlatent.kernels.numerics import (
     IN_HARDWARE,
     constant,
     log,
+    log_variance_gradient,
+    mean_gradient,
     reciprocal,
     reparameterize,
     reparameterize_16_bit,
@@ -38,7 +40,6 @@ from fastlatent.kernels.numerics import (
     scalar,
     stored,
     twice_kl,
-    variational_gradient,
     vector_normals,
 )
 
@@ -410,13 +411,16 @@ def _backward_kernel(
             *(given, seed, b, lane, part, COLUMNS, LANES, VECTOR, BLOCK, SAMPLE, HARDWARE)
         )
         m, inverse_std, log_prior = prior[part]
-        gradient = variational_gradient(
-            *(dz[part].to(tl.float32), dkl, mu[part].to(tl.float32), log_var[part].to(tl.float32)),
-            *(epsilon, m, inverse_std, log_prior),
+        dz_part = dz[part].to(tl.float32)
+        dmean = mean_gradient(dz_part, dkl, mu[part].to(tl.float32), m, inverse_std)
+        dlog_variance = log_variance_gradient(
+            dz_part, dkl, log_var[part].to(tl.float32), epsilon, log_prior
         )
         first = (lane + part * LANES) * VECTOR
-        _store_vector(grad_mean + offset, first, gradient[0], here, COLUMNS, VECTOR, ALIGN)
-        _store_vector(grad_log_variance + offset, first, gradient[1], here, COLUMNS, VECTOR, ALIGN)
+        _store_vector(grad_mean + offset, first, dmean, here, COLUMNS, VECTOR, ALIGN)
+        _store_vector(
+            grad_log_variance + offset, first, dlog_variance, here, COLUMNS, VECTOR, ALIGN
+        )
 
 
 def draw_arguments(

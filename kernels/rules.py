@@ -75,28 +75,19 @@ def twice_kl(mean, log_variance, prior_mean, inverse_prior_std, log_prior_varian
     return expm1(ratio) - ratio + distance * distance  # noqa: F821
 
 
-def variational_gradient(
-    grad_z,
-    grad_kl,
-    mean,
-    log_variance,
-    noise,
-    prior_mean,
-    inverse_prior_std,
-    log_prior_variance,
-):
-    """Gradient of a loss with respect to (μ, log σ²) of one dimension.
-
-    ∂z/∂μ = 1, ∂z/∂log σ² = ½σε; ∂KL/∂μ = (μ−m)/p², ∂KL/∂log σ² = ½(σ²/p² − 1).
-    Binds: exp, expm1, HALF.
-    """
+def mean_gradient(grad_z, grad_kl, mean, prior_mean, inverse_prior_std):
+    """Gradient of a loss with respect to μ of one dimension: ∂z/∂μ = 1, ∂KL/∂μ = (μ−m)/p²."""
     distance = (mean - prior_mean) * inverse_prior_std
-    grad_mean = grad_z + grad_kl * distance * inverse_prior_std
+    return grad_z + grad_kl * distance * inverse_prior_std
+
+
+def log_variance_gradient(grad_z, grad_kl, log_variance, noise, log_prior_variance):
+    """Gradient of a loss with respect to log σ² of one dimension.
+
+    ∂z/∂log σ² = ½σε, ∂KL/∂log σ² = ½(σ²/p² − 1). Binds: exp, expm1, HALF.
+    """
     excess = expm1(log_variance - log_prior_variance)  # noqa: F821
-    grad_log_variance = HALF * (  # noqa: F821
-        grad_z * noise * exp(HALF * log_variance) + grad_kl * excess  # noqa: F821
-    )
-    return grad_mean, grad_log_variance
+    return HALF * (grad_z * noise * exp(HALF * log_variance) + grad_kl * excess)  # noqa: F821
 
 
 def box_muller(radius_word, angle_word):

@@ -213,7 +213,7 @@ def update_row(
         row_v = view(exp_avg_sq, start_v, columns)
         for d in range(columns):
             new_m, new_v = _adam_moments(
-                *(g[d], load(row_m[d]), load(row_v[d])), rule.one_minus_beta1, rule.one_minus_beta2
+                g[d], load(row_m[d]), load(row_v[d]), rule.one_minus_beta1, rule.one_minus_beta2
             )
             new_w = _adam_step(load(row_w[d]), new_m, new_v, decay, size, scale, rule.eps)
             store(row_m, d, new_m)

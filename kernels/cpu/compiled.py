@@ -241,5 +241,8 @@ _NAMES = {
 
 
 def rule(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """A rule of ``fastlatent.kernels.rules``, compiled for these loops."""
-    return njit(**_OPTIONS)(rules.bind(function, **{**_NAMES, **names}))
+    """A rule of ``fastlatent.kernels.rules``, as part of the loop that calls it.
+
+    LLVM leaves a longer one outside of the loop, which then takes one number at a time.
+    """
+    return inlined(rules.bind(function, **{**_NAMES, **names}))

@@ -100,7 +100,11 @@ def fill_normal(noise, words, lanes, seed, first_row):
             noise[row, d] = lanes[d & 3, row * groups + (d >> 2)]
 
 
-def noise_room(columns: int, dtype: torch.dtype) -> tuple[Laid, Laid]:
-    """``words`` and ``lanes`` of ``fill_normal`` for each worker, for NOISE_ROWS rows."""
-    size = NOISE_ROWS * -(-columns // 4)
-    return scratch("words", 4, size, np.uint32), scratch("lanes", 4, size, compute_type(dtype))
+def noise_room(columns: int, dtype: torch.dtype) -> tuple[Laid, Laid, Laid]:
+    """Room for ``fill_normal``, for NOISE_ROWS rows and each worker: noise, words and lanes."""
+    size, kind = NOISE_ROWS * -(-columns // 4), compute_type(dtype)
+    return (
+        scratch("noise", NOISE_ROWS, columns, kind),
+        scratch("words", 4, size, np.uint32),
+        scratch("lanes", 4, size, kind),
+    )

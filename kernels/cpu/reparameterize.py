@@ -36,7 +36,8 @@ WHOLE = Laid(np.empty(0, np.int64))
 
 _reparameterize = rule(rules.reparameterize, exp=exp)
 _twice_kl = rule(rules.twice_kl, expm1=expm1)
-_variational_gradient = rule(rules.variational_gradient, exp=exp, expm1=expm1)
+_mean_gradient = rule(rules.mean_gradient)
+_log_variance_gradient = rule(rules.log_variance_gradient, exp=exp, expm1=expm1)
 
 
 @inlined
@@ -54,15 +55,33 @@ def fill_noise(block, words, lanes, noise, seed, sample, start, stop):
 
 
 @inlined
-def _forward_row(b, mean, log_variance, epsilon, prior, z):
+def _sum(terms):
+    """In fp64, by four sums that a processor can add to at a time."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    whole = terms.size // 4 * 4
+    for i in range(0, whole, 4):
+        a += terms[i]
+        b += terms[i + 1]
+        c += terms[i + 2]
+        d += terms[i + 3]
+    for i in range(whole, terms.size):
+        a += terms[i]
+    return (a + b) + (c + d)
+
+
+@inlined
+def _forward_row(b, mean, log_variance, epsilon, prior, terms, z):
     """Writes row b of z and returns its KL; ``prior`` is [3, D]: m, 1/p, log p²."""
-    columns, total = epsilon.size, 0.0
+    columns = epsilon.size
     target = view(z, b * columns, columns)
+    # each of the loops writes to one place and sums nothing up: the compiler makes vectors of them
     for d in range(columns):
-        mu, log_var = load(mean[d]), load(log_variance[d])
-        store(target, d, _reparameterize(mu, log_var, epsilon[d]))
-        total += _twice_kl(mu, log_var, prior[0, d], prior[1, d], prior[2, d])
-    return 0.5 * total
+        store(target, d, _reparameterize(load(mean[d]), load(log_variance[d]), epsilon[d]))
+    for d in range(columns):
+        terms[d] = _twice_kl(
+            load(mean[d]), load(log_variance[d]), prior[0, d], prior[1, d], prior[2, d]
+        )
+    return 0.5 * _sum(terms)
 
 
 @compiled
@@ -77,6 +96,7 @@ def _forward_loop(
     rows,
     work,
     prior,
+    blocks,
     words,
     lanes,
     noise,
@@ -85,8 +105,8 @@ def _forward_loop(
     z,
     kl,
 ):
-    block = work[worker]
-    columns = block.shape[1]
+    block, terms = blocks[worker], work[worker, 0]
+    columns = terms.size
     gathered = index.size > 0
     for b in range(start, stop):
         if gathered and b + 16 < stop and 0 <= index[b + 16] < rows:
@@ -101,7 +121,7 @@ def _forward_loop(
             fill_noise(block, words[worker], lanes[worker], noise, seed, sample, b, last)
         epsilon = block[slot]
         mu, log_var = view(mean, row * stride, columns), view(log_variance, row * stride, columns)
-        kl[b] = _forward_row(b, mu, log_var, epsilon, prior, z)
+        kl[b] = _forward_row(b, mu, log_var, epsilon, prior, terms, z)
     return 0
 
 
@@ -111,19 +131,14 @@ def add_gradient(g, b, mean, log_variance, epsilon, grad_z, grad_kl, prior):
     columns = epsilon.size
     dz = view(grad_z, b * columns, columns)
     dkl = load(grad_kl[b])
+    # a loop for each half: one that writes to both is not made of vectors
     for d in range(columns):
-        dmean, dlog_variance = _variational_gradient(
-            load(dz[d]),
-            dkl,
-            load(mean[d]),
-            load(log_variance[d]),
-            epsilon[d],
-            prior[0, d],
-            prior[1, d],
-            prior[2, d],
+        g[d] += _mean_gradient(load(dz[d]), dkl, load(mean[d]), prior[0, d], prior[1, d])
+    of_log_variance = view(g, columns, columns)
+    for d in range(columns):
+        of_log_variance[d] += _log_variance_gradient(
+            load(dz[d]), dkl, load(log_variance[d]), epsilon[d], prior[2, d]
         )
-        g[d] += dmean
-        g[columns + d] += dlog_variance
 
 
 @compiled
@@ -137,6 +152,7 @@ def _backward_loop(
     stride,
     work,
     prior,
+    blocks,
     words,
     lanes,
     noise,
@@ -149,7 +165,7 @@ def _backward_loop(
     grad_stride,
 ):
     columns = prior.shape[1]
-    g, block = work[worker, NOISE_ROWS], work[worker, :NOISE_ROWS, :columns]
+    g, block = work[worker, 0], blocks[worker]
     for b in range(start, stop):
         row = index[b] if index.size > 0 else b
         mu, log_var = view(mean, row * stride, columns), view(log_variance, row * stride, columns)
@@ -203,7 +219,7 @@ def forward(
         *(_forward_loop, batch, 3 * columns * mean.element_size()),
         *(index, mean, log_variance, mean.stride(0), mean.shape[0]),
         *(
-            scratch("rows", NOISE_ROWS, columns, compute_type(mean.dtype)),
+            scratch("rows", 1, columns, compute_type(mean.dtype)),
             prior_rows(prior_mean, prior_std, columns, mean.dtype),
         ),
         *(*draws(noise, seed, sample, columns, mean), z, kl),
@@ -232,7 +248,7 @@ def backward(
         *(_backward_loop, grad_z.shape[0], 5 * columns * mean.element_size()),
         *(index, mean, log_variance, mean.stride(0)),
         *(
-            scratch("rows", NOISE_ROWS + 1, 2 * columns, compute_type(mean.dtype)),
+            scratch("rows", 1, 2 * columns, compute_type(mean.dtype)),
             prior_rows(prior_mean, prior_std, columns, mean.dtype),
         ),
         *draws(noise, seed, sample, columns, mean),

@@ -47,6 +47,7 @@ def _update_loop(
     order,
     work,
     prior,
+    blocks,
     words,
     lanes,
     noise,
@@ -64,7 +65,7 @@ def _update_loop(
 ):
     columns = prior.shape[1]
     g, w, m, v = work[worker, 0], work[worker, 1], work[worker, 2], work[worker, 3]
-    block, skipped = work[worker, 4:, :columns], 0
+    block, skipped = blocks[worker], 0
     if not all_inside(rows, (weight.size - 2 * columns) // strides[0] + 1):
         return OUTSIDE
     memo = np.int64(-1), rule.zero, rule.zero
@@ -174,7 +175,7 @@ def variational_adam_rows_(
     left_out = parallel(
         *(_update_loop, count, 7 * width * weight.element_size(), rows, first, order),
         *(
-            scratch("rows", 4 + NOISE_ROWS, width, compute_type(weight.dtype)),
+            scratch("rows", 4, width, compute_type(weight.dtype)),
             prior_rows(prior_mean, prior_std, width // 2, weight.dtype),
         ),
         *draws(noise, noise_seed, sample, width // 2, weight),
