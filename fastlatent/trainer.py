@@ -9,10 +9,8 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -34,7 +32,14 @@ from fastlatent.checkpoint import Checkpoints, captured, locked, restore
 from fastlatent.data import LatentData, hold_out, load_data
 from fastlatent.loader import Loader, Sampler, noise_seed
 from fastlatent.mapped import map_moments, map_table
-from fastlatent.metrics import BOARD, METRICS, Metrics, TableClock, board_writer
+from fastlatent.metrics import (
+    BOARD,
+    METRICS,
+    Metrics,
+    TableClock,
+    board_writer,
+    peak_resident,
+)
 from fastlatent.models import (
     AutoDecoder,
     AutoEncoder,
@@ -528,7 +533,6 @@ def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         )
     epochs, rest = divmod(trainer.step, trainer.sampler.steps_per_epoch)
     samples = epochs * len(trainer.train) + rest * trainer.settings.batch_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results = {
         "steps": trainer.step,
         "epochs": trainer.step / trainer.sampler.steps_per_epoch,
@@ -538,7 +542,7 @@ def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         "waiting_share": trainer.waited / trainer.seconds if trainer.seconds else None,
         "table_share": trainer.clock.share,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_resident_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "peak_resident_bytes": peak_resident(),
     }
     summary = {**record, "results": results}
     with trainer.group.whole(model):

@@ -1,10 +1,13 @@
 import dataclasses
 import errno
 import importlib
+import inspect
 import json
 import math
 import os
+import resource
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -221,6 +224,44 @@ def test_a_line_of_metrics_that_finds_no_space_is_left_out_whole(tmp_path):
     with pytest.warns(RuntimeWarning, match="no line of metrics at step 3: No space left"):
         metrics.add({"kind": "training", "step": 3})
     assert metrics.size == 0 and size > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_memory_is_not_that_of_the_process_that_started_it():
+    """A parent with 300 MB starts a child with little, which then takes 100 MB for a moment."""
+    # nothing but the function: importing fastlatent takes hundreds of megabytes of its own
+    peak = "import resource, sys\n" + inspect.getsource(metrics_module.peak_resident)
+    child = peak + (
+        "first = peak_resident()\n"
+        "held = b'x' * 100_000_000\n"
+        "del held\n"
+        "usage = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(first, peak_resident(), usage)\n"
+    )
+    parent = (
+        "import os, sys\n"
+        "held = b'x' * 300_000_000\n"
+        "if (pid := os.fork()) == 0:\n"
+        "    os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", parent, child], capture_output=True, text=True, check=True
+    )
+    first, peak, usage = map(int, found.stdout.split())
+    # an interpreter takes some 10 MB
+    assert first < 50_000_000 and 100_000_000 < peak < 150_000_000
+    assert usage > 300_000_000
+
+
+def test_the_peak_memory_where_there_is_no_proc(monkeypatch):
+    def no_such_file(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(metrics_module, "open", no_such_file, raising=False)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    assert metrics_module.peak_resident() >= usage * scale
 
 
 def test_metrics_that_were_lost_are_missed(tmp_path):
