@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +26,12 @@ from fastlatent.memory import Machine, size
 from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, _optimizers
 
+if TYPE_CHECKING:
+    from fastlatent.settings import Place
+
 MODES = ("x", "w", "r+")
+
+_WEIGHT = "weight.npy"
 
 # a page, so that no row of 4 kB or of a whole part of it lies across two
 _HEADER = mmap.PAGESIZE
@@ -119,6 +125,15 @@ def open_tensor(path: str | os.PathLike[str]) -> Tensor:
     return torch.from_numpy(array).view(dtype)
 
 
+def table_in(directory: str | os.PathLike[str]) -> Place:
+    """For `build_model`: the new table is in `weight.npy` of a folder and was nowhere else."""
+
+    def place(shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Tensor]) -> Tensor:
+        return create(Path(directory) / _WEIGHT, shape, dtype, rows, overwrite=True)
+
+    return place
+
+
 def map_table(
     table: LatentTable,
     directory: str | os.PathLike[str],
@@ -172,7 +187,7 @@ def map_table(
             yield part
 
     table.weight.data = _placed(
-        Path(directory) / "weight.npy", (rows, width), weight.dtype, mode, content
+        Path(directory) / _WEIGHT, (rows, width), weight.dtype, mode, content
     )
     table.num_embeddings = rows
     if table._link is not None:
