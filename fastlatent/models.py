@@ -42,6 +42,7 @@ VARIANCES = ("learned", "fixed", "none")
 _INITIAL_STD = 0.1
 _PCA_SAMPLES = 50_000
 _PCA_CHUNK = 8_192
+_FINITE_CHUNK = 1_024
 
 
 class Losses(NamedTuple):
@@ -853,7 +854,7 @@ class PrincipalCodes:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(count, generator=generator)[:_PCA_SAMPLES].sort().values
         fitted = self._read(rows)
-        self.pca = PCA(min(model.latent_dim, *fitted.shape), random_state=0)
+        self.pca = PCA(min(model.latent_dim, *fitted.shape), copy=False, random_state=0)
         # constant data: scikit-learn divides their variance of 0 by itself
         with np.errstate(invalid="ignore"):
             self.pca.fit(fitted)
@@ -889,9 +890,28 @@ class PrincipalCodes:
         data = self.data
         x = data[rows.to(data.device)] if isinstance(data, Tensor) else data.batch(rows)
         self.model._check(x)
-        if not x.isfinite().all():
+        # in pieces, because isfinite takes more memory than what it looks at
+        if not all(part.isfinite().all() for part in x.split(_FINITE_CHUNK)):
             raise ValueError("data must be finite to have principal components; found NaN or inf")
         return x.flatten(1).float().cpu().numpy()
+
+    @staticmethod
+    def bytes(count: int, values: int, dim: int) -> int:
+        """Memory that it takes at most to find `dim` components of `count` samples of `values`."""
+        fitted = min(count, _PCA_SAMPLES)
+        samples, components = 4 * fitted * values, min(dim, fitted, values)
+        # by the solver that scikit-learn takes
+        if values <= 1000 and fitted >= 10 * values:
+            # the covariance, its eigenvectors, and what LAPACK finds them with
+            work = 4 * 4 * values**2
+        elif max(fitted, values) <= 500 or components >= 0.8 * min(fitted, values):
+            # LAPACK's copy, the singular vectors and their signs, and what LAPACK finds them with
+            work = 3 * samples + 8 * 4 * min(fitted, values) ** 2
+        else:
+            # the range that is searched, and what each iteration makes of it
+            work = 6 * 4 * (fitted + values) * (components + 10)
+        # the permutation that the samples are drawn by is gone when they are read
+        return max(8 * count, samples + work)
 
 
 def _gaussian_prior(model: VariationalAutoEncoder | VariationalAutoDecoder) -> Gaussian:

@@ -37,7 +37,7 @@ SCHEDULES = ("constant", "cosine")
 # samples that a linear map, or a Gaussian of codes, is fitted to, and how many are read at a time
 FITTED, CHUNK = 50_000, 8_192
 # values of a table that are drawn at a time
-_DRAWN = 2**22
+_DRAWN = 2**20
 
 # makes a table's memory: called with its shape, its dtype and its rows in pieces
 Place = Callable[[tuple[int, ...], torch.dtype, Iterable[Tensor]], Tensor]
@@ -291,6 +291,7 @@ def memory_plan(settings: Settings, data: LatentData, folder: Path, ranks: int) 
         network=settings.network,
         hidden=settings.hidden,
         linear_path=settings.linear_path,
+        pca=settings.pca,
         device=settings.device,
         mapped=settings.mapped,
         ranks=ranks,

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -247,9 +248,15 @@ def _tensors(model: LatentModel) -> dict[str, Tensor]:
             f"only tensors can be saved, but {', '.join(others)} of the model's state is of type "
             f"{type(state[others[0]]).__name__}"
         )
-    # safetensors refuses tensors that share their storage
+    # safetensors refuses tensors that share their storage; what has one of its own, as a table has,
+    # is written from where it is
+    owners = Counter(value.untyped_storage().data_ptr() for value in state.values())
     return {
-        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        name: value.detach().to(
+            "cpu",
+            copy=owners[value.untyped_storage().data_ptr()] > 1,
+            memory_format=torch.contiguous_format,
+        )
         for name, value in state.items()
     }
 

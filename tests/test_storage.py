@@ -168,6 +168,21 @@ def test_tied_parameters_stay_tied_and_a_loaded_model_trains(tmp_path):
     assert (loaded.table.weight != before).any(1).tolist() == [False, False, True, *[False] * 4]
 
 
+def test_a_table_is_written_without_a_copy(tmp_path, monkeypatch):
+    """It may be as large as the memory, or larger, in a file."""
+    model, written = MODELS["ad own"](), {}
+
+    def save(tensors, path):
+        written.update(tensors)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(storage.safetensors, "save_file", save)
+    save_model(model, tmp_path / "model")
+    assert written["table.weight"].data_ptr() == model.table.weight.data_ptr()
+    tied = {written[f"decoder.{name}.weight"].data_ptr() for name in ("twice", "tied")}
+    assert len(tied) == 2
+
+
 def test_a_network_whose_layers_were_exchanged_is_the_users_own(tmp_path):
     model = AutoDecoder(mlp(), ROWS, DIM)
     model.decoder.layers[1] = nn.Tanh()
