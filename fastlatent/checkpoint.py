@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastlatent._files import room, write_tensors
 from fastlatent.optim import SparseAdam
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -78,18 +78,13 @@ class Checkpoints:
         Tensors on the CPU are written from where they are, without a copy.
 
         Raises:
-            OSError: it cannot be written; nothing of it is left then, and the others stay.
+            OSError: it cannot be written; names the file and, where there is no space, the bytes
+                needed and free. Nothing of it is left then, and the others stay.
         """
         new = self._new(step)
         try:
             self._begin(new)
-            try:
-                safetensors.save_file(
-                    {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                    new / TENSORS,
-                )
-            except SafetensorError as error:
-                raise _system_error(error, new / TENSORS) from error
+            write_tensors(new / TENSORS, tensors)
             self._complete(new, step, {TENSORS: sha256(new / TENSORS)}, state)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -137,8 +132,9 @@ class Checkpoints:
     def _complete(self, new: Path, step: int, files: dict[str, str], state: dict[str, Any]) -> None:
         """With the state beside the files (name: SHA-256) the folder takes its name."""
         body = {"format": _FORMAT, "step": step, "files": files, "state": state}
-        text = {"sha256": _digest(body), **body}
-        (new / STATE).write_text(json.dumps(text, indent=1, allow_nan=False), "utf-8")
+        text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False).encode()
+        with room(new / STATE, len(text)):
+            (new / STATE).write_bytes(text)
         for place in (*(new / name for name in files), new / STATE, new):
             _to_disk(place)
         target = self._place(step)
@@ -274,10 +270,3 @@ def _to_disk(place: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _system_error(error: SafetensorError, file: Path) -> OSError:
-    """safetensors hides the system's error number in its text."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else errno.EIO
-    return OSError(number, os.strerror(number), str(file))

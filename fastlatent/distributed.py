@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastlatent.checkpoint import TENSORS, Checkpoint, Checkpoints, sha256
 from fastlatent.group import Alone
+from fastlatent.memory import size
 from fastlatent.models import LatentModel, Losses
 from fastlatent.reference import check_range
 from fastlatent.tables import LatentTable, _check_index
@@ -364,7 +365,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -
         reason = next(iter(error.failures.values()))[0]
         # torch's own writer hides the system's error number
         number = reason.errno if isinstance(reason, OSError) else None
-        raise OSError(number or errno.EIO, _first_line(reason), str(folder)) from error
+        count = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(folder).free
+        text = f"{_first_line(reason)}; a rank writes {size(count)}, {size(free)} are free"
+        raise OSError(number or errno.EIO, text, str(folder)) from error
     rank, world = _place()
     files = sorted(path for path in folder.iterdir() if path.name.endswith(_FILES))
     mine = {path.name: sha256(path) for path in files[rank::world]}

@@ -8,11 +8,9 @@ hold some rows of one step and some of another.
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlatent import _files
-from fastlatent.memory import Machine, size
+from fastlatent.memory import Machine
 from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, _optimizers
 
@@ -77,10 +75,11 @@ def create(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     count = _HEADER + math.prod(shape) * dtype.itemsize
-    free = shutil.disk_usage(path.parent).free
-    if count > free:
-        raise OSError(errno.ENOSPC, f"no space for {size(count)}, {size(free)} are free", str(path))
-    with _files.replacing(path) as temporary, open(temporary, "xb") as file:
+    with (
+        _files.room(path, count),
+        _files.replacing(path) as temporary,
+        open(temporary, "xb") as file,
+    ):
         # a page of a sparse file that the disk has no room for would end the process (SIGBUS)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, count)
@@ -88,7 +87,8 @@ def create(
             file.truncate(count)
         file.write(_header(shape, dtype))
         for part in rows:
-            file.write(part.detach().to(dtype).contiguous().view(torch.uint8).numpy().data)
+            for piece in _files.pieces(part.to(dtype)):
+                file.write(piece)
     return open_tensor(path)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from fastlatent._files import write, write_tensors
 from fastlatent.data import LatentData
 from fastlatent.models import (
     AutoDecoder,
@@ -74,7 +74,8 @@ def save_model(
         TypeError: another class than the four, or a network whose state is not all tensors.
         ValueError: a table without rows, or tensors that the safetensors format cannot hold.
         FileExistsError: `directory` exists and overwrite is not set, or it is not a saved model.
-        OSError: it cannot be written. Nothing is left behind then.
+        OSError: it cannot be written; names the file and, where there is no space, the bytes
+            needed and free. Nothing is left behind then.
     """
     path = Path(directory).expanduser()
     path = Path(os.path.realpath(path))
@@ -95,13 +96,10 @@ def save_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
-        try:
-            safetensors.save_file(tensors, new / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"the model's tensors cannot be saved: {error}") from error
+        write_tensors(new / WEIGHTS, tensors)
         config["sha256"] = _sha256(new / WEIGHTS)
         text = json.dumps(config, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        (new / CONFIG).write_text(text, encoding="utf-8")
+        write(new / CONFIG, text.encode())
         for name in (WEIGHTS, CONFIG):
             with open(new / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -248,17 +246,7 @@ def _tensors(model: LatentModel) -> dict[str, Tensor]:
             f"only tensors can be saved, but {', '.join(others)} of the model's state is of type "
             f"{type(state[others[0]]).__name__}"
         )
-    # safetensors refuses tensors that share their storage; what has one of its own, as a table has,
-    # is written from where it is
-    owners = Counter(value.untyped_storage().data_ptr() for value in state.values())
-    return {
-        name: value.detach().to(
-            "cpu",
-            copy=owners[value.untyped_storage().data_ptr()] > 1,
-            memory_format=torch.contiguous_format,
-        )
-        for name, value in state.items()
-    }
+    return state
 
 
 def _arguments(model: LatentModel) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from fastlatent import _files
 from fastlatent import checkpoint as module
 from fastlatent.checkpoint import STATE, TENSORS, Checkpoints, captured, locked, restore
 from fastlatent.data import load_data
@@ -103,7 +104,7 @@ def test_a_state_with_another_step_is_damaged(checkpoints):
         assert checkpoints.latest() is None
 
 
-@pytest.mark.parametrize("at", ["mkdir", "save_file", "write_text", "_to_disk", "rename"])
+@pytest.mark.parametrize("at", ["mkdir", "tensors", "state", "_to_disk", "rename"])
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatch, at):
     checkpoints.write(1, tensors(1), {})
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -113,16 +114,15 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatc
 
     if at == "mkdir":
         monkeypatch.setattr(type(checkpoints.folder), "mkdir", fail)
-    elif at == "save_file":
-        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    elif at == "tensors":
 
-        def fail_as_safetensors(*_):
-            (checkpoints.folder / ".new-000000000002" / TENSORS).write_bytes(b"half")
-            raise SafetensorError(text)
+        def half(*_):
+            yield b"half"
+            raise full
 
-        monkeypatch.setattr(module.safetensors, "save_file", fail_as_safetensors)
-    elif at == "write_text":
-        monkeypatch.setattr(type(checkpoints.folder), "write_text", fail)
+        monkeypatch.setattr(_files, "pieces", half)
+    elif at == "state":
+        monkeypatch.setattr(type(checkpoints.folder), "write_bytes", fail)
     elif at == "_to_disk":
         monkeypatch.setattr(module, "_to_disk", fail)
     else:
@@ -130,9 +130,48 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatc
     with pytest.raises(OSError) as error:
         checkpoints.write(2, tensors(2), {})
     assert error.value.errno == errno.ENOSPC
+    if at in ("tensors", "state"):
+        assert "no space for " in str(error.value) and " were free before" in str(error.value)
+        assert error.value.filename.endswith({"tensors": TENSORS, "state": STATE}[at])
     monkeypatch.undo()
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step-000000000001"]
     assert checkpoints.latest().step == 1
+
+
+def test_no_space_is_found_before_anything_is_written(checkpoints, monkeypatch):
+    checkpoints.write(1, tensors(1), {})
+    usage = shutil.disk_usage(checkpoints.folder)._replace(free=999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    wanted = r"no space for 1\.\d+ kB, 999 bytes are free: .*000002/tensors\.safetensors"
+    with pytest.raises(OSError, match=wanted) as error:
+        checkpoints.write(2, tensors(2), {})
+    assert error.value.errno == errno.ENOSPC
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["step-000000000001"]
+
+
+def test_the_file_is_that_of_safetensors(tmp_path):
+    found = {**tensors(), "sch\u00f6n": torch.ones(3, 0), "a.b": torch.ones(2, dtype=torch.float64)}
+    for dtype in _files._TYPES:
+        found[str(dtype)] = torch.tensor([[0, 1], [1, 1]]).to(dtype)
+    _files.write_tensors(tmp_path / "ours", found)
+    save_file(found, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    for bad in (torch.ones(2, dtype=torch.complex128), torch.eye(2).to_sparse()):
+        with pytest.raises(ValueError, match=r"bad is .*: safetensors has no such"):
+            _files.write_tensors(tmp_path / "bad", {"bad": bad})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_strided_tensors_are_written_in_pieces(tmp_path, monkeypatch):
+    """Moments that are the two halves of one buffer, [N, 2, D]."""
+    moments = torch.randn(100, 2, 7)
+    found = {"exp_avg": moments[:, 0], "exp_avg_sq": moments[:, 1], "turned": torch.randn(3, 5).T}
+    monkeypatch.setattr(_files, "_PIECE", 10 * 7 * 4)
+    parts = [len(part) for part in _files.pieces(found["exp_avg"])]
+    assert parts == [280] * 10
+    _files.write_tensors(tmp_path / "ours", found)
+    save_file({name: part.contiguous() for name, part in found.items()}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_file_that_the_system_cuts_short_is_an_error(checkpoints):
@@ -202,6 +241,27 @@ def test_model_and_optimizers_come_back_bit_for_bit(checkpoints, data, kind, ste
     for name, tensor in taken.items():
         assert again[name].dtype == tensor.dtype
         assert torch.equal(again[name].nan_to_num(), tensor.nan_to_num()), name
+
+
+def test_moments_that_are_views_of_one_buffer_come_back(checkpoints, data):
+    settings = Settings(latent_dim=3, hidden=(8,))
+    model, optimizers = trained(data, settings)
+    checkpoints.write(3, captured(model, optimizers), {})
+    whole = (checkpoints.folder / "step-000000000003" / TENSORS).read_bytes()
+
+    def interleaved(model, optimizers):
+        state = optimizers[1].state[model.table.weight]
+        both = torch.stack([state["exp_avg"], state["exp_avg_sq"]], 1)
+        state.update(exp_avg=both[:, 0], exp_avg_sq=both[:, 1])
+        return both
+
+    before = interleaved(model, optimizers)
+    checkpoints.write(4, captured(model, optimizers), {})
+    assert (checkpoints.folder / "step-000000000004" / TENSORS).read_bytes() == whole
+    other, theirs = trained(data, settings, 1)
+    both = interleaved(other, theirs)
+    restore(other, theirs, checkpoints.latest())
+    assert torch.equal(both, before)
 
 
 def test_nothing_is_copied(data):

@@ -144,7 +144,7 @@ def begun(folder, name, group=None):
 
 def work_together(folder):
     """All that two ranks can do in turn; what went wrong is written to <work>.<rank>."""
-    for work in (work_start, work_train, work_part, work_table, work_full):
+    for work in (work_start, work_train, work_part, work_table, work_full, work_strided):
         place = folder / work.__name__
         place.mkdir(exist_ok=True)
         try:
@@ -252,6 +252,34 @@ def work_full(folder):
         checkpoint._to_disk = whole
     dist.barrier()
     assert list((folder / "checkpoints").iterdir()) == []
+
+
+def work_strided(folder):
+    """Moments that are the two halves of one buffer, [N, 2, D], are saved and loaded."""
+    import torch.distributed as dist
+
+    from fastlatent import distributed
+
+    rows = distributed.partition(COUNT, dist.get_rank(), dist.get_world_size())
+    both = torch.randn(COUNT, 2, DIM, generator=torch.Generator().manual_seed(7))
+    own = both[rows.start : rows.stop]
+    names = ["optimizer.1.0.exp_avg", "optimizer.1.0.exp_avg_sq"]
+    counts = dict.fromkeys(names, COUNT)
+    saved = {name: own[:, number] for number, name in enumerate(names)}
+    distributed.save(folder / "saved", saved, counts)
+    again = torch.zeros_like(own)
+    distributed.load(
+        folder / "saved", {name: again[:, number] for number, name in enumerate(names)}, counts
+    )
+    assert torch.equal(again, own)
+    for name, tensor in distributed.stored(folder / "saved"):
+        assert torch.equal(tensor, saved[name])
+    # the bytes that cross the network when the rows are gathered
+    ranks = distributed.Ranks()
+    assert ranks.own(COUNT) == rows
+    whole = ranks._gathered(own[:, 1])
+    assert (whole is None) == (ranks.rank > 0)
+    assert whole is None or torch.equal(whole, both[:, 1])
 
 
 def work_endless(folder):
@@ -362,7 +390,7 @@ def test_a_table_of_one_piece_starts_as_before_there_were_pieces():
         assert torch.equal(part.table.weight, whole.table.weight[own.start : own.stop])
 
 
-@pytest.mark.parametrize("work", ["work_start", "work_table", "work_full"])
+@pytest.mark.parametrize("work", ["work_start", "work_table", "work_full", "work_strided"])
 def test_two_ranks_are_content_with(work, two_ranks):
     """Lookups of rows that live elsewhere; a disk that is full on one rank."""
     assert (two_ranks / work).exists() and not list(two_ranks.glob(f"{work}.*"))
