@@ -188,8 +188,8 @@ class Trainer:
             steps = self.checkpoints.steps()
             kept = f"the last one is of step {steps[-1]}" if steps else "there is none yet"
             warnings.warn(
-                f"no checkpoint of step {self.step} ({error.strerror or error}): {kept}; the run "
-                "goes on without it",
+                f"no checkpoint of step {self.step} ({_told(error)}): {kept}; the run goes on "
+                "without it",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -671,6 +671,11 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _told(error: OSError) -> str:
+    where = f": {error.filename!r}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 def _json(content: Any) -> bytes:
