@@ -176,13 +176,14 @@ def training_step(rows, codes):
     """The step of test_bench_million's auto-decoder on a table of that many rows."""
     torch.manual_seed(0)
     settings, data = Settings(model="ad", **{**OPTIONS, "pca": False}), load_data("patches")
-    model = build_model(settings, data, rows)
+    model = build_model(settings, data, range(1))
+    model.table = fl.LatentTable(rows, OPTIONS["latent_dim"])
     networks, optimizer = build_optimizers(model, settings)
     if codes == "torch fused Adam":
-        # the same codes as an embedding with a dense gradient; `loss` needs no more of a table
-        table = nn.Embedding.from_pretrained(model.table.weight.detach(), freeze=False)
-        model.table = table
-        optimizer = torch.optim.Adam(table.parameters(), lr=settings.code_lr, fused=True)
+        # `loss` needs no more of a table than an embedding has
+        model.table = nn.Embedding.from_pretrained(model.table.weight.detach(), freeze=False)
+        parameters = model.table.parameters()
+        optimizer = torch.optim.Adam(parameters, lr=settings.code_lr, fused=True)
 
     def step(index):
         x = data.batch(index % len(data))

@@ -20,23 +20,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastlatent._files import room, write_tensors
 from fastlatent.optim import SparseAdam
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _FORMAT = 1
-_PIECE = 2**23
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _NAME = re.compile(r"step-(\d{12})")
 
 
@@ -87,16 +75,16 @@ class Checkpoints:
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` and remove those that are too old.
 
-        Tensors are written from where they are, a few MiB at a time, without a copy of the whole.
+        Tensors on the CPU are written from where they are, without a copy.
 
         Raises:
-            OSError: it cannot be written. TypeError: a dtype that safetensors has not. Nothing of
-            it is left then, and the others stay.
+            OSError: it cannot be written; names the file and, where there is no space, the bytes
+                needed and free. Nothing of it is left then, and the others stay.
         """
         new = self._new(step)
         try:
             self._begin(new)
-            _save(tensors, new / TENSORS)
+            write_tensors(new / TENSORS, tensors)
             self._complete(new, step, {TENSORS: sha256(new / TENSORS)}, state)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -144,8 +132,9 @@ class Checkpoints:
     def _complete(self, new: Path, step: int, files: dict[str, str], state: dict[str, Any]) -> None:
         """With the state beside the files (name: SHA-256) the folder takes its name."""
         body = {"format": _FORMAT, "step": step, "files": files, "state": state}
-        text = {"sha256": _digest(body), **body}
-        (new / STATE).write_text(json.dumps(text, indent=1, allow_nan=False), "utf-8")
+        text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False).encode()
+        with room(new / STATE, len(text)):
+            (new / STATE).write_bytes(text)
         for place in (*(new / name for name in files), new / STATE, new):
             _to_disk(place)
         target = self._place(step)
@@ -273,37 +262,6 @@ def _digest(content: dict[str, Any]) -> str:
 def sha256(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file piece by piece; the library's own writer wants it all in one place.
-
-    https://huggingface.co/docs/safetensors: the length of the header, the header in JSON, and the
-    tensors without gaps, here those of the largest elements first so that all are aligned.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: a checkpoint holds no {tensor.dtype}")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "xb") as out:
-        out.write(len(text).to_bytes(8, "little"))
-        out.write(text)
-        for name in names:
-            tensor = tensors[name].detach()
-            flat = tensor.reshape(1) if tensor.dim() == 0 else tensor
-            rows = max(1, _PIECE * len(flat) // max(1, flat.numel() * flat.element_size()))
-            for piece in flat.split(rows):
-                out.write(piece.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _to_disk(place: Path) -> None:

@@ -42,6 +42,9 @@ def plan(
     linear_path: Annotated[
         bool, typer.Option("--linear-path", help="Add a linear map to the mlp decoder.")
     ] = False,
+    pca: Annotated[
+        bool, typer.Option("--pca", help="Start the codes at the data's principal components.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     mapped: Annotated[
         bool, typer.Option("--mapped", help="Keep the table in files; it may exceed the memory.")
@@ -69,6 +72,7 @@ def plan(
             network=network,
             hidden=None if hidden is None else widths(hidden),
             linear_path=linear_path,
+            pca=pca,
             device=device,
             mapped=mapped,
             ranks=ranks,

@@ -30,10 +30,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlatent.checkpoint import TENSORS, Checkpoint, Checkpoints, sha256
+from fastlatent.group import Alone
+from fastlatent.memory import size
 from fastlatent.models import LatentModel, Losses
 from fastlatent.reference import check_range
 from fastlatent.tables import LatentTable, _check_index
-from fastlatent.trainer import Alone
 
 TIMEOUT = 300.0
 
@@ -208,9 +209,18 @@ class Ranks(Alone):
         self.rows = range(0)
         self.count = 0
 
+    def own(self, count: int) -> range:
+        self.count, self.rows = count, partition(count, self.rank, self.world)
+        return self.rows
+
     def sum(self, values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def agree(self, decisions: list[bool]) -> list[bool]:
@@ -218,13 +228,6 @@ class Ranks(Alone):
         wanted = torch.tensor(decisions, dtype=torch.int32)
         dist.all_reduce(wanted, dist.ReduceOp.MAX)
         return wanted.bool().tolist()
-
-    def share(self, model: LatentModel, count: int) -> None:
-        self.count, self.rows = count, partition(count, self.rank, self.world)
-        if hasattr(model, "table"):
-            own = model.table.weight.detach()[self.rows.start : self.rows.stop].clone()
-            model.table.weight.data = own
-            model.table.num_embeddings = len(own)
 
     def wrap(self, model: LatentModel) -> Callable[[Tensor, Tensor], Losses]:
         networks = {
@@ -362,7 +365,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -
         reason = next(iter(error.failures.values()))[0]
         # torch's own writer hides the system's error number
         number = reason.errno if isinstance(reason, OSError) else None
-        raise OSError(number or errno.EIO, _first_line(reason), str(folder)) from error
+        count = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(folder).free
+        text = f"{_first_line(reason)}; a rank writes {size(count)}, {size(free)} are free"
+        raise OSError(number or errno.EIO, text, str(folder)) from error
     rank, world = _place()
     files = sorted(path for path in folder.iterdir() if path.name.endswith(_FILES))
     mine = {path.name: sha256(path) for path in files[rank::world]}

@@ -8,24 +8,28 @@ hold some rows of one step and some of another.
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlatent import _files
-from fastlatent.memory import Machine, size
+from fastlatent.memory import Machine
 from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, _optimizers
 
+if TYPE_CHECKING:
+    from fastlatent.settings import Place
+
 MODES = ("x", "w", "r+")
+
+_WEIGHT = "weight.npy"
 
 # a page, so that no row of 4 kB or of a whole part of it lies across two
 _HEADER = mmap.PAGESIZE
@@ -71,10 +75,11 @@ def create(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     count = _HEADER + math.prod(shape) * dtype.itemsize
-    free = shutil.disk_usage(path.parent).free
-    if count > free:
-        raise OSError(errno.ENOSPC, f"no space for {size(count)}, {size(free)} are free", str(path))
-    with _files.replacing(path) as temporary, open(temporary, "xb") as file:
+    with (
+        _files.room(path, count),
+        _files.replacing(path) as temporary,
+        open(temporary, "xb") as file,
+    ):
         # a page of a sparse file that the disk has no room for would end the process (SIGBUS)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, count)
@@ -82,7 +87,8 @@ def create(
             file.truncate(count)
         file.write(_header(shape, dtype))
         for part in rows:
-            file.write(part.detach().to(dtype).contiguous().view(torch.uint8).numpy().data)
+            for piece in _files.pieces(part.to(dtype)):
+                file.write(piece)
     return open_tensor(path)
 
 
@@ -117,6 +123,15 @@ def open_tensor(path: str | os.PathLike[str]) -> Tensor:
     if have > Machine.here(directory=path.parent).memory and hasattr(mmap, "MADV_RANDOM"):
         array._mmap.madvise(mmap.MADV_RANDOM)
     return torch.from_numpy(array).view(dtype)
+
+
+def table_in(directory: str | os.PathLike[str]) -> Place:
+    """For `build_model`: the new table is in `weight.npy` of a folder and was nowhere else."""
+
+    def place(shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Tensor]) -> Tensor:
+        return create(Path(directory) / _WEIGHT, shape, dtype, rows, overwrite=True)
+
+    return place
 
 
 def map_table(
@@ -172,7 +187,7 @@ def map_table(
             yield part
 
     table.weight.data = _placed(
-        Path(directory) / "weight.npy", (rows, width), weight.dtype, mode, content
+        Path(directory) / _WEIGHT, (rows, width), weight.dtype, mode, content
     )
     table.num_embeddings = rows
     if table._link is not None:

@@ -183,6 +183,7 @@ def plan(
     network: str = "mlp",
     hidden: Sequence[int] | None = None,
     linear_path: bool = False,
+    pca: bool = False,
     device: str | torch.device = "cpu",
     mapped: bool = False,
     ranks: int = 1,
@@ -202,10 +203,13 @@ def plan(
         moments: dtype of Adam's two moments, "fp32", "bf16" or "fp64"; by default that of the
             table, and fp32 for an fp16 table.
         batch_size: samples in a step.
-        data_shape: shape of a sample; without it networks, activations and data are left out.
+        data_shape: shape of a sample; without it networks, activations and the start are left out.
         data_bytes: bytes of data kept in memory; 0 for memory-mapped files and views.
         network, hidden, linear_path: of decoder and encoder, see `MLPDecoder`.
-        device: "cpu", or a CUDA device, which then holds everything but the data.
+        pca: codes start at the principal components of the data, see `Settings`. Finding them is
+            over when moments and steps begin: a part is only what it takes more than they do.
+        device: "cpu", or a CUDA device, which then holds everything but the data and what `pca`
+            takes.
         mapped: table, moments and counters in files, see `fastlatent.mapped`.
         ranks: processes on this machine among which the rows are partitioned; on GPUs the plan is
             that of one rank.
@@ -245,6 +249,14 @@ def plan(
             Part("networks and their Adam", copies * 4 * weights, place, "4 × the weights"),
             Part("activations of a step", copies * step, place, f"{batch_size:,} samples"),
         ]
+        if pca:
+            # of the networks only the weights are there before the first step
+            later = sum(p.bytes for p in parts if p.place == MEMORY and p.name != "table")
+            later -= 0 if gpu else copies * weights
+            most = copies * _start_bytes(settings) - later
+            parts.append(
+                Part("start from PCA", max(0, most), MEMORY, "more than moments and steps")
+            )
     if data_bytes:
         parts.append(Part("data", data_bytes, MEMORY))
     return MemoryPlan(settings, tuple(parts), machine or Machine.here(device, directory))
@@ -274,8 +286,20 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(f"data_bytes must be at least 0; got {settings['data_bytes']}")
     if settings["mapped"] and _is_gpu(settings["device"]):
         raise ValueError(f"mapped tables are for the CPU; got device={settings['device']!s}")
-    if settings["mapped"] and not MODELS[settings["model"]]:
-        raise ValueError(f"model={settings['model']!r} has no table that could be mapped")
+    for name, what in (("mapped", "be mapped"), ("pca", "start from PCA")):
+        if settings[name] and not MODELS[settings["model"]]:
+            raise ValueError(f"model={settings['model']!r} has no table that could {what}")
+
+
+def _start_bytes(settings: dict[str, Any]) -> int:
+    """What a process takes at most, beside the table, for codes and decoder to start from PCA."""
+    from fastlatent.models import PrincipalCodes
+    from fastlatent.settings import CHUNK
+
+    count, dim, values = settings["samples"], settings["dim"], math.prod(settings["data_shape"])
+    # samples in fp32 and fp64, codes in fp64 and with a column of ones
+    linear = min(count, CHUNK) * (12 * values + 16 * dim) if settings["linear_path"] else 0
+    return max(PrincipalCodes.bytes(count, values, dim), linear)
 
 
 def _network_bytes(settings: dict[str, Any]) -> tuple[int, int]:

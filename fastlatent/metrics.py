@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -98,6 +100,20 @@ def board_writer() -> Any:
             'TensorBoard logs need the package tensorboard: pip install "fastlatent[tensorboard]"'
         ) from error
     return SummaryWriter
+
+
+def peak_resident() -> int:
+    """Bytes that this process has had in memory at most, without what it was started from.
+
+    Linux's ru_maxrss begins with that of the process that forked this one and survives exec; the
+    high-water mark in /proc begins anew there.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line[:6] == "VmHWM:")
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 class TableClock:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ VARIANCES = ("learned", "fixed", "none")
 _INITIAL_STD = 0.1
 _PCA_SAMPLES = 50_000
 _PCA_CHUNK = 8_192
+_FINITE_CHUNK = 1_024
 
 
 class Losses(NamedTuple):
@@ -390,8 +391,8 @@ class _TableModel(LatentModel):
 
         The components are fitted by scikit-learn's PCA (which takes the randomised solver where
         that is faster) to at most 50,000 samples, drawn at random, and applied to all samples in
-        pieces, so the data need not fit in memory. The result is deterministic. Call it before
-        training: it overwrites the codes.
+        pieces that go straight into the table, so neither the data nor their components need fit
+        in memory. The result is deterministic. Call it before training: it overwrites the codes.
 
         Args:
             data: all training samples in the order of the table's rows, [num_samples,
@@ -404,7 +405,28 @@ class _TableModel(LatentModel):
             raise ValueError(
                 f"data has {len(data)} samples, but the table has {self.num_samples} rows"
             )
-        self._set_codes(_principal_codes(self, data))
+        self._start(PrincipalCodes(self, data), range(len(data)))
+
+    def _start(
+        self,
+        codes: PrincipalCodes,
+        rows: range,
+        most: Callable[[Tensor], Tensor] = lambda value: value,
+    ) -> None:
+        """Brings the table's codes, which are those of `rows`, to the principal components.
+
+        `most` is asked for the maximum over all tables that share the samples.
+        """
+        scale = self._scale(codes, rows, most)
+        for part, found in codes.of(rows):
+            own = slice(part.start - rows.start, part.stop - rows.start)
+            self._set_codes(found if scale is None else found * scale, own)
+
+    def _scale(
+        self, codes: PrincipalCodes, rows: range, most: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        """What codes of unit variance are multiplied with first."""
+        return None
 
     def encode(self, index: Tensor, x: Tensor) -> Tensor:
         self._check_rows(index, x)
@@ -542,8 +564,8 @@ class _TableModel(LatentModel):
     def _mean(self, index: Tensor) -> Tensor:
         return self.table(index)
 
-    def _set_codes(self, codes: Tensor) -> None:
-        """Take over codes of unit variance in each dimension."""
+    def _set_codes(self, codes: Tensor, rows: slice) -> None:
+        """Bring codes of unit variance in each dimension to where the model wants them."""
         raise NotImplementedError
 
     def _projection(self) -> dict[str, Any]:
@@ -607,11 +629,18 @@ class AutoDecoder(_TableModel):
         total = error + self.code_penalty * z.square().sum(1) if self.code_penalty else error
         return Losses(total, error, torch.zeros_like(error))
 
-    def _set_codes(self, codes: Tensor) -> None:
-        if self.projection == "ball":
-            codes = codes * (self.radius / codes.norm(dim=1).max())
-        with torch.no_grad():
-            self.codes.copy_(self._projected(codes.to(self.codes)))
+    def _scale(
+        self, codes: PrincipalCodes, rows: range, most: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        if self.projection != "ball":
+            return None
+        longest = torch.zeros(())
+        for _, found in codes.of(rows):
+            longest = torch.maximum(longest, found.norm(dim=1).max())
+        return self.radius / most(longest)
+
+    def _set_codes(self, codes: Tensor, rows: slice) -> None:
+        self.codes[rows] = self._projected(codes.to(self.codes))
 
     def _projected(self, codes: Tensor) -> Tensor:
         return CodePrior(self._prior(), self.latent_dim, codes.dtype, codes.device).project(codes)
@@ -696,7 +725,8 @@ class VariationalAutoDecoder(_TableModel):
             )
         else:
             self.table = LatentTable(num_samples, latent_dim, device=device)
-            self._set_codes(_INITIAL_STD * torch.randn(num_samples, latent_dim, device=device))
+            codes = _INITIAL_STD * torch.randn(num_samples, latent_dim, device=device)
+            self._set_codes(codes, slice(None))
 
     def posterior(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (nats) of training samples, each [B, latent_dim]. No gradient.
@@ -734,9 +764,8 @@ class VariationalAutoDecoder(_TableModel):
     def _mean(self, index: Tensor) -> Tensor:
         return self.table(index)[0] if self.variance == "learned" else self.table(index)
 
-    def _set_codes(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self.codes.copy_(self.prior_mean + self.prior_std * codes.to(self.codes))
+    def _set_codes(self, codes: Tensor, rows: slice) -> None:
+        self.codes[rows] = self.prior_mean + self.prior_std * codes.to(self.codes)
 
     def _inference(self) -> dict[str, Any]:
         return {"prior": self.prior, "variational": self.variance != "none"}
@@ -806,34 +835,83 @@ def _filled(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0.0)
 
 
-def _principal_codes(model: _TableModel, data: Tensor | LatentData) -> Tensor:
-    """Codes [N, latent_dim] on the CPU; unit variance in every dimension that has a component."""
-    count, dim = len(data), model.latent_dim
-    if count < 2:
-        raise ValueError(f"principal components need at least 2 samples; got {count}")
+class PrincipalCodes:
+    """Principal components of training samples, for any of their rows.
 
-    def read(rows: Tensor) -> np.ndarray:
+    Args:
+        model: whose samples they are; says how many dimensions a code has.
+        data: all samples, a tensor or a data set.
+
+    Raises:
+        ValueError: as `initialize_pca`.
+    """
+
+    def __init__(self, model: _TableModel, data: Tensor | LatentData) -> None:
+        self.model, self.data = model, data
+        count = len(data)
+        if count < 2:
+            raise ValueError(f"principal components need at least 2 samples; got {count}")
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randperm(count, generator=generator)[:_PCA_SAMPLES].sort().values
+        fitted = self._read(rows)
+        self.pca = PCA(min(model.latent_dim, *fitted.shape), copy=False, random_state=0)
+        # constant data: scikit-learn divides their variance of 0 by itself
+        with np.errstate(invalid="ignore"):
+            self.pca.fit(fitted)
+        variance = torch.from_numpy(self.pca.explained_variance_).float()
+        # float32 data have rounding noise of this size instead of further components
+        self.columns = (variance > torch.finfo(torch.float32).eps * variance[0]).nonzero()[:, 0]
+        self.std = variance[self.columns].sqrt()
+        self.noise = generator.get_state()
+
+    def of(self, rows: range) -> Iterator[tuple[range, Tensor]]:
+        """Consecutive parts of the rows with their codes, float32 [n, latent_dim] on the CPU.
+
+        The codes have unit variance in every dimension that has a component, and noise of standard
+        deviation 0.01 in the others. A code is the same bit for bit in whatever range it is asked
+        for: parts of fixed size are computed, and what is not wanted of them is left out.
+        """
+        count, dim = len(self.data), self.model.latent_dim
+        for number in range(rows.start // _PCA_CHUNK, -(-rows.stop // _PCA_CHUNK)):
+            first = number * _PCA_CHUNK
+            chunk = torch.arange(first, min(first + _PCA_CHUNK, count))
+            components = torch.from_numpy(self.pca.transform(self._read(chunk))).float()
+            generator = torch.Generator()
+            if number:
+                generator.manual_seed(number)
+            else:
+                generator.set_state(self.noise)
+            codes = 0.01 * torch.randn(len(chunk), dim, generator=generator)
+            codes[:, self.columns] = components[:, self.columns] / self.std
+            part = range(max(rows.start, first), min(rows.stop, first + len(chunk)))
+            yield part, codes[part.start - first : part.stop - first]
+
+    def _read(self, rows: Tensor) -> np.ndarray:
+        data = self.data
         x = data[rows.to(data.device)] if isinstance(data, Tensor) else data.batch(rows)
-        model._check(x)
-        if not x.isfinite().all():
+        self.model._check(x)
+        # in pieces, because isfinite takes more memory than what it looks at
+        if not all(part.isfinite().all() for part in x.split(_FINITE_CHUNK)):
             raise ValueError("data must be finite to have principal components; found NaN or inf")
         return x.flatten(1).float().cpu().numpy()
 
-    generator = torch.Generator().manual_seed(0)
-    fitted = read(torch.randperm(count, generator=generator)[:_PCA_SAMPLES].sort().values)
-    pca = PCA(min(dim, *fitted.shape), random_state=0)
-    # constant data: scikit-learn divides their variance of 0 by itself
-    with np.errstate(invalid="ignore"):
-        pca.fit(fitted)
-    variance = torch.from_numpy(pca.explained_variance_).float()
-    # float32 data have rounding noise of this size instead of further components
-    kept = variance > torch.finfo(torch.float32).eps * variance[0]
-    columns = kept.nonzero()[:, 0]
-    codes = 0.01 * torch.randn(count, dim, generator=generator)
-    for rows in torch.arange(count).split(_PCA_CHUNK):
-        components = torch.from_numpy(pca.transform(read(rows))).float()
-        codes[rows[:, None], columns] = components[:, columns] / variance[columns].sqrt()
-    return codes
+    @staticmethod
+    def bytes(count: int, values: int, dim: int) -> int:
+        """Memory that it takes at most to find `dim` components of `count` samples of `values`."""
+        fitted = min(count, _PCA_SAMPLES)
+        samples, components = 4 * fitted * values, min(dim, fitted, values)
+        # by the solver that scikit-learn takes
+        if values <= 1000 and fitted >= 10 * values:
+            # the covariance, its eigenvectors, and what LAPACK finds them with
+            work = 4 * 4 * values**2
+        elif max(fitted, values) <= 500 or components >= 0.8 * min(fitted, values):
+            # LAPACK's copy, the singular vectors and their signs, and what LAPACK finds them with
+            work = 3 * samples + 8 * 4 * min(fitted, values) ** 2
+        else:
+            # the range that is searched, and what each iteration makes of it
+            work = 6 * 4 * (fitted + values) * (components + 10)
+        # the permutation that the samples are drawn by is gone when they are read
+        return max(8 * count, samples + work)
 
 
 def _gaussian_prior(model: VariationalAutoEncoder | VariationalAutoDecoder) -> Gaussian:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastlatent.data import LatentData
+from fastlatent.group import Alone
+from fastlatent.kernels.cpu.pages import empty
 from fastlatent.loader import noise_seed
+from fastlatent.memory import MODELS as TABLES
 from fastlatent.memory import MemoryPlan, plan
 from fastlatent.models import (
     AutoDecoder,
     AutoEncoder,
     LatentModel,
+    PrincipalCodes,
     VariationalAutoDecoder,
     VariationalAutoEncoder,
 )
@@ -31,6 +36,11 @@ ROUNDINGS = ("stochastic", "nearest")
 SCHEDULES = ("constant", "cosine")
 # samples that a linear map, or a Gaussian of codes, is fitted to, and how many are read at a time
 FITTED, CHUNK = 50_000, 8_192
+# values of a table that are drawn at a time
+_DRAWN = 2**20
+
+# makes a table's memory: called with its shape, its dtype and its rows in pieces
+Place = Callable[[tuple[int, ...], torch.dtype, Iterable[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +161,25 @@ class Settings:
         return self.model in ("ad", "vad")
 
 
-def build_model(settings: Settings, data: LatentData, count: int | None = None) -> LatentModel:
+def build_model(
+    settings: Settings,
+    data: LatentData,
+    rows: range | None = None,
+    place: Place | None = None,
+) -> LatentModel:
     """The model of these settings for training data, its codes and weights drawn by the seed.
 
-    It has `count` codes, by default one for each sample.
+    Args:
+        settings, data: of the run.
+        rows: samples that the model has codes of, by default all; the codes are the same whichever
+            others are there, and no others are held.
+        place: makes the table's memory, given its shape, dtype and rows in pieces; by default in
+            the memory of the settings' device.
 
     Raises:
         ValueError: networks that do not fit the data; see `Settings`.
     """
     shape, dim = data.sample_shape, settings.latent_dim
-    count = len(data) if count is None else count
     low, high = data.value_range
     sigmoid = low >= 0 and high <= 1 and not settings.linear_path
     options: dict[str, Any] = {}
@@ -176,28 +195,68 @@ def build_model(settings: Settings, data: LatentData, count: int | None = None) 
             **options,
             **({"linear_path": True} if settings.linear_path else {}),
         ).to(settings.device)
-        if settings.model == "ad":
-            model: LatentModel = AutoDecoder(
-                decoder,
-                count,
-                dim,
-                projection=settings.projection,
-                radius=settings.radius,
-                code_penalty=settings.code_penalty,
-            )
-        elif settings.model == "vad":
-            model = VariationalAutoDecoder(decoder, count, dim, beta=settings.beta)
+        if settings.has_table:
+            rows = range(len(data)) if rows is None else rows
+            place = place or functools.partial(_in_memory, settings.device)
+            return _with_codes(settings, decoder, len(data), rows, place)
+        outputs = dim if settings.model == "ae" else 2 * dim
+        encoder = build_encoder(settings.network, shape, outputs, **options)
+        if settings.model == "ae":
+            model: LatentModel = AutoEncoder(decoder, encoder, dim)
         else:
-            outputs = dim if settings.model == "ae" else 2 * dim
-            encoder = build_encoder(settings.network, shape, outputs, **options)
-            if settings.model == "ae":
-                model = AutoEncoder(decoder, encoder, dim)
-            else:
-                model = VariationalAutoEncoder(decoder, encoder, dim, beta=settings.beta)
-    if isinstance(model, AutoDecoder | VariationalAutoDecoder) and settings.table_dtype != "fp32":
-        weight = model.table.weight
-        weight.data = weight.data.to(DTYPES[settings.table_dtype])
+            model = VariationalAutoEncoder(decoder, encoder, dim, beta=settings.beta)
     return model.to(settings.device)
+
+
+def _with_codes(
+    settings: Settings, decoder: nn.Module, count: int, rows: range, place: Place
+) -> AutoDecoder | VariationalAutoDecoder:
+    """A model with those rows of a table of `count`, which is drawn in pieces of `_DRAWN` values.
+
+    The first piece goes on with the decoder's random numbers, every other one has its own seed.
+    """
+    dim = settings.latent_dim
+    size = max(_DRAWN // (TABLES[settings.model] * dim), 1)
+
+    def piece(first: int) -> AutoDecoder | VariationalAutoDecoder:
+        number = min(size, count - first)
+        if settings.model == "vad":
+            return VariationalAutoDecoder(decoder, number, dim, beta=settings.beta)
+        return AutoDecoder(
+            decoder,
+            number,
+            dim,
+            projection=settings.projection,
+            radius=settings.radius,
+            code_penalty=settings.code_penalty,
+        )
+
+    model = piece(0)
+    weight = model.table.weight
+    start = weight.detach()
+
+    def drawn() -> Iterator[Tensor]:
+        for number in range(rows.start // size, -(-rows.stop // size)):
+            first = number * size
+            if number:
+                torch.manual_seed(noise_seed(settings.seed, 0, number))
+            codes = piece(first).table.weight.detach() if number else start
+            yield codes[max(rows.start - first, 0) : rows.stop - first]
+
+    shape = (len(rows), weight.shape[1])
+    weight.data = place(shape, DTYPES[settings.table_dtype], drawn())
+    model.table.num_embeddings = len(rows)
+    return model
+
+
+def _in_memory(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, rows: Iterable[Tensor]
+) -> Tensor:
+    table, start = empty(shape, dtype, device), 0
+    for part in rows:
+        table[start : start + len(part)] = part
+        start += len(part)
+    return table
 
 
 def build_optimizers(model: LatentModel, settings: Settings) -> list[Optimizer]:
@@ -232,6 +291,7 @@ def memory_plan(settings: Settings, data: LatentData, folder: Path, ranks: int) 
         network=settings.network,
         hidden=settings.hidden,
         linear_path=settings.linear_path,
+        pca=settings.pca,
         device=settings.device,
         mapped=settings.mapped,
         ranks=ranks,
@@ -239,10 +299,14 @@ def memory_plan(settings: Settings, data: LatentData, folder: Path, ranks: int) 
     )
 
 
-def start_from_pca(model: LatentModel, data: LatentData) -> None:
-    """Codes at the principal components; a decoder's linear path at the best map from them."""
+def start_from_pca(model: LatentModel, data: LatentData, group: Alone | None = None) -> None:
+    """Codes at the principal components; a decoder's linear path at the best map from them.
+
+    A rank of `group` brings its own codes there, and all ranks get the same decoder.
+    """
     assert isinstance(model, AutoDecoder | VariationalAutoDecoder)
-    model.initialize_pca(data)
+    group = group or Alone()
+    model._start(PrincipalCodes(model, data), group.own(len(data)), group.max)
     decoder = model.decoder
     if not (isinstance(decoder, MLPDecoder) and decoder.linear_path):
         return
@@ -250,7 +314,7 @@ def start_from_pca(model: LatentModel, data: LatentData) -> None:
     normal = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
     mixed = torch.zeros(dim + 1, math.prod(model.sample_shape), dtype=torch.float64)
     for rows in spread(len(data), FITTED).split(CHUNK):
-        z = model.codes[rows.to(model.device)].cpu().double()
+        z = group.codes(model, rows.to(model.device)).cpu().double()
         z = torch.cat([z, torch.ones(len(z), 1, dtype=torch.float64)], dim=1)
         normal += z.T @ z
         mixed += z.T @ data.batch(rows).flatten(1).double()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from fastlatent._files import write, write_tensors
 from fastlatent.data import LatentData
 from fastlatent.models import (
     AutoDecoder,
@@ -73,7 +74,8 @@ def save_model(
         TypeError: another class than the four, or a network whose state is not all tensors.
         ValueError: a table without rows, or tensors that the safetensors format cannot hold.
         FileExistsError: `directory` exists and overwrite is not set, or it is not a saved model.
-        OSError: it cannot be written. Nothing is left behind then.
+        OSError: it cannot be written; names the file and, where there is no space, the bytes
+            needed and free. Nothing is left behind then.
     """
     path = Path(directory).expanduser()
     path = Path(os.path.realpath(path))
@@ -94,13 +96,10 @@ def save_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
-        try:
-            safetensors.save_file(tensors, new / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"the model's tensors cannot be saved: {error}") from error
+        write_tensors(new / WEIGHTS, tensors)
         config["sha256"] = _sha256(new / WEIGHTS)
         text = json.dumps(config, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        (new / CONFIG).write_text(text, encoding="utf-8")
+        write(new / CONFIG, text.encode())
         for name in (WEIGHTS, CONFIG):
             with open(new / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -247,11 +246,7 @@ def _tensors(model: LatentModel) -> dict[str, Tensor]:
             f"only tensors can be saved, but {', '.join(others)} of the model's state is of type "
             f"{type(state[others[0]]).__name__}"
         )
-    # safetensors refuses tensors that share their storage
-    return {
-        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+    return state
 
 
 def _arguments(model: LatentModel) -> dict[str, Any]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -30,16 +27,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastlatent._files import write
 from fastlatent._impl import use_impl
-from fastlatent.checkpoint import Checkpoints, captured, locked, restore
+from fastlatent.checkpoint import captured, locked, restore
 from fastlatent.data import LatentData, hold_out, load_data
+from fastlatent.group import Alone
 from fastlatent.loader import Loader, Sampler, noise_seed
-from fastlatent.mapped import map_moments, map_table
-from fastlatent.metrics import BOARD, METRICS, Metrics, TableClock, board_writer
+from fastlatent.mapped import map_moments, table_in
+from fastlatent.metrics import (
+    BOARD,
+    METRICS,
+    Metrics,
+    TableClock,
+    board_writer,
+    peak_resident,
+)
 from fastlatent.models import (
     AutoDecoder,
     AutoEncoder,
     LatentModel,
-    Losses,
     VariationalAutoDecoder,
 )
 from fastlatent.settings import (
@@ -77,39 +81,6 @@ class Progress(NamedTuple):
     samples_per_second: float
     mse: float
     test_mse: float | None
-
-
-class Alone:
-    """What a run asks of the processes that it consists of, for a run of one process."""
-
-    rank = 0
-    world = 1
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a float64 vector."""
-        return values
-
-    def agree(self, decisions: list[bool]) -> list[bool]:
-        """The decisions of rank 0, for all."""
-        return decisions
-
-    def share(self, model: LatentModel, count: int) -> None:
-        """Keep of a model with `count` codes those of this rank's samples."""
-
-    def wrap(self, model: LatentModel) -> Callable[[Tensor, Tensor], Losses]:
-        """The loss of a batch; index counts the samples of all ranks."""
-        return model.loss
-
-    def codes(self, model: LatentModel, index: Tensor) -> Tensor:
-        """Codes of samples of any rank, float32 [B, latent_dim]; all ranks ask for the same."""
-        return model.codes[index].float()
-
-    def whole(self, model: LatentModel) -> AbstractContextManager[None]:
-        """On rank 0 the model has the codes of all ranks meanwhile."""
-        return nullcontext()
-
-    def checkpoints(self, folder: Path) -> Checkpoints:
-        return Checkpoints(folder)
 
 
 class Trainer:
@@ -217,8 +188,8 @@ class Trainer:
             steps = self.checkpoints.steps()
             kept = f"the last one is of step {steps[-1]}" if steps else "there is none yet"
             warnings.warn(
-                f"no checkpoint of step {self.step} ({error.strerror or error}): {kept}; the run "
-                "goes on without it",
+                f"no checkpoint of step {self.step} ({_told(error)}): {kept}; the run goes on "
+                "without it",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -451,11 +422,8 @@ def train(
     with lock, _threads(settings.threads), impl, _removed(files):
         if resume and (summary := _finished(folder, record, seconds)):
             return summary
-        if settings.mapped:
-            model = _mapped_model(settings, train_data, files, group)
-        else:
-            model = build_model(settings, train_data)
-            group.share(model, len(train_data))
+        place = table_in(files) if settings.mapped else None
+        model = build_model(settings, train_data, group.own(len(train_data)), place)
         trainer = Trainer(
             model,
             train_data,
@@ -474,11 +442,7 @@ def train(
             map_moments(trainer.optimizers[-1], model.table, files, mode="w")
         resumed = resume and trainer.resume()
         if settings.pca and not resumed:
-            fresh = model if group.world == 1 else build_model(settings, train_data)
-            start_from_pca(fresh, train_data)
-            if fresh is not model:
-                group.share(fresh, len(train_data))
-                model.load_state_dict(fresh.state_dict())
+            start_from_pca(model, train_data, group)
         if group.rank == 0 and not resume:
             _clear(folder)
         if group.rank == 0:
@@ -490,24 +454,6 @@ def train(
             return _finish(trainer, record)
         finally:
             trainer.metrics.close()
-
-
-def _mapped_model(settings: Settings, data: LatentData, folder: Path, group: Alone) -> LatentModel:
-    """A model whose table is in a file of `folder`; of a run of one process it was nowhere else."""
-    if group.world > 1:
-        model = build_model(settings, data)
-        group.share(model, len(data))
-        map_table(model.table, folder, mode="w")
-        return model
-    model = build_model(settings, data, 1)
-    seeds = itertools.count(1)
-
-    def draw(count: int) -> Tensor:
-        other = dataclasses.replace(settings, seed=noise_seed(settings.seed, 0, next(seeds)))
-        return build_model(other, data, count).table.weight.detach()
-
-    map_table(model.table, folder, num_embeddings=len(data), draw=draw, mode="w")
-    return model
 
 
 def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
@@ -528,7 +474,6 @@ def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         )
     epochs, rest = divmod(trainer.step, trainer.sampler.steps_per_epoch)
     samples = epochs * len(trainer.train) + rest * trainer.settings.batch_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results = {
         "steps": trainer.step,
         "epochs": trainer.step / trainer.sampler.steps_per_epoch,
@@ -538,7 +483,7 @@ def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         "waiting_share": trainer.waited / trainer.seconds if trainer.seconds else None,
         "table_share": trainer.clock.share,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_resident_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "peak_resident_bytes": peak_resident(),
     }
     summary = {**record, "results": results}
     with trainer.group.whole(model):
@@ -726,6 +671,11 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _told(error: OSError) -> str:
+    where = f": {error.filename!r}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
 def _json(content: Any) -> bytes:

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import torch
-from safetensors import torch as safetensors
+from safetensors.torch import save_file
 
+from fastlatent import _files
 from fastlatent import checkpoint as module
 from fastlatent.checkpoint import STATE, TENSORS, Checkpoints, captured, locked, restore
 from fastlatent.data import load_data
@@ -103,7 +104,7 @@ def test_a_state_with_another_step_is_damaged(checkpoints):
         assert checkpoints.latest() is None
 
 
-@pytest.mark.parametrize("at", ["mkdir", "_save", "write_text", "_to_disk", "rename"])
+@pytest.mark.parametrize("at", ["mkdir", "tensors", "state", "_to_disk", "rename"])
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatch, at):
     checkpoints.write(1, tensors(1), {})
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -113,15 +114,15 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatc
 
     if at == "mkdir":
         monkeypatch.setattr(type(checkpoints.folder), "mkdir", fail)
-    elif at == "_save":
+    elif at == "tensors":
 
-        def half(_, file):
-            file.write_bytes(b"half")
+        def half(*_):
+            yield b"half"
             raise full
 
-        monkeypatch.setattr(module, "_save", half)
-    elif at == "write_text":
-        monkeypatch.setattr(type(checkpoints.folder), "write_text", fail)
+        monkeypatch.setattr(_files, "pieces", half)
+    elif at == "state":
+        monkeypatch.setattr(type(checkpoints.folder), "write_bytes", fail)
     elif at == "_to_disk":
         monkeypatch.setattr(module, "_to_disk", fail)
     else:
@@ -129,9 +130,48 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(checkpoints, monkeypatc
     with pytest.raises(OSError) as error:
         checkpoints.write(2, tensors(2), {})
     assert error.value.errno == errno.ENOSPC
+    if at in ("tensors", "state"):
+        assert "no space for " in str(error.value) and " were free before" in str(error.value)
+        assert error.value.filename.endswith({"tensors": TENSORS, "state": STATE}[at])
     monkeypatch.undo()
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step-000000000001"]
     assert checkpoints.latest().step == 1
+
+
+def test_no_space_is_found_before_anything_is_written(checkpoints, monkeypatch):
+    checkpoints.write(1, tensors(1), {})
+    usage = shutil.disk_usage(checkpoints.folder)._replace(free=999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    wanted = r"no space for 1\.\d+ kB, 999 bytes are free: .*000002/tensors\.safetensors"
+    with pytest.raises(OSError, match=wanted) as error:
+        checkpoints.write(2, tensors(2), {})
+    assert error.value.errno == errno.ENOSPC
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["step-000000000001"]
+
+
+def test_the_file_is_that_of_safetensors(tmp_path):
+    found = {**tensors(), "sch\u00f6n": torch.ones(3, 0), "a.b": torch.ones(2, dtype=torch.float64)}
+    for dtype in _files._TYPES:
+        found[str(dtype)] = torch.tensor([[0, 1], [1, 1]]).to(dtype)
+    _files.write_tensors(tmp_path / "ours", found)
+    save_file(found, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    for bad in (torch.ones(2, dtype=torch.complex128), torch.eye(2).to_sparse()):
+        with pytest.raises(ValueError, match=r"bad is .*: safetensors has no such"):
+            _files.write_tensors(tmp_path / "bad", {"bad": bad})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_strided_tensors_are_written_in_pieces(tmp_path, monkeypatch):
+    """Moments that are the two halves of one buffer, [N, 2, D]."""
+    moments = torch.randn(100, 2, 7)
+    found = {"exp_avg": moments[:, 0], "exp_avg_sq": moments[:, 1], "turned": torch.randn(3, 5).T}
+    monkeypatch.setattr(_files, "_PIECE", 10 * 7 * 4)
+    parts = [len(part) for part in _files.pieces(found["exp_avg"])]
+    assert parts == [280] * 10
+    _files.write_tensors(tmp_path / "ours", found)
+    save_file({name: part.contiguous() for name, part in found.items()}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_file_that_the_system_cuts_short_is_an_error(checkpoints):
@@ -203,55 +243,33 @@ def test_model_and_optimizers_come_back_bit_for_bit(checkpoints, data, kind, ste
         assert torch.equal(again[name].nan_to_num(), tensor.nan_to_num()), name
 
 
+def test_moments_that_are_views_of_one_buffer_come_back(checkpoints, data):
+    settings = Settings(latent_dim=3, hidden=(8,))
+    model, optimizers = trained(data, settings)
+    checkpoints.write(3, captured(model, optimizers), {})
+    whole = (checkpoints.folder / "step-000000000003" / TENSORS).read_bytes()
+
+    def interleaved(model, optimizers):
+        state = optimizers[1].state[model.table.weight]
+        both = torch.stack([state["exp_avg"], state["exp_avg_sq"]], 1)
+        state.update(exp_avg=both[:, 0], exp_avg_sq=both[:, 1])
+        return both
+
+    before = interleaved(model, optimizers)
+    checkpoints.write(4, captured(model, optimizers), {})
+    assert (checkpoints.folder / "step-000000000004" / TENSORS).read_bytes() == whole
+    other, theirs = trained(data, settings, 1)
+    both = interleaved(other, theirs)
+    restore(other, theirs, checkpoints.latest())
+    assert torch.equal(both, before)
+
+
 def test_nothing_is_copied(data):
     model, optimizers = trained(data, Settings(latent_dim=3, hidden=(8,)))
     taken = captured(model, optimizers)
     assert taken["model.table.weight"].data_ptr() == model.table.weight.data_ptr()
     moments = optimizers[1].state[model.table.weight]["exp_avg"]
     assert taken["optimizer.1.0.exp_avg"].data_ptr() == moments.data_ptr()
-
-
-KINDS = list(module._DTYPES)
-
-
-@pytest.mark.parametrize("piece", [1, 100, 2**23])
-def test_the_file_is_one_of_safetensors(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(module, "_PIECE", piece)
-    both = torch.randn(10, 2, 3)
-    found = {str(kind): torch.randn(5, 3).mul(10).to(kind) for kind in KINDS}
-    found |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4), "none": torch.zeros(4, 0)}
-    found |= {"first": both[:, 0], "second": both[:, 1], "turned": torch.randn(3, 4, 2).mT}
-    module._save(found, tmp_path / "file")
-    read = safetensors.load_file(tmp_path / "file")
-    assert read.keys() == found.keys()
-    for name, tensor in found.items():
-        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
-
-
-def test_a_dtype_that_the_format_has_not_is_named(checkpoints):
-    with pytest.raises(TypeError, match="odd: a checkpoint holds no"):
-        checkpoints.write(1, {"model.odd": torch.zeros(2, dtype=torch.complex64)}, {})
-    assert checkpoints.latest() is None
-
-
-def test_tensors_that_lie_apart_are_written_without_a_copy_of_the_whole(tmp_path):
-    """A child process may take far less memory than the tensors that it writes."""
-    code = (
-        "import resource, sys, torch; from pathlib import Path\n"
-        "from fastlatent.checkpoint import Checkpoints\n"
-        "both = torch.ones(2**20, 2, 16); half = 64 * 2**20\n"
-        "write = Checkpoints(Path(sys.argv[1])).write\n"
-        "write(1, {'small': both[:9, 0]}, {})\n"
-        "status = lambda: open('/proc/self/status').read()\n"
-        "peak = lambda: 1024 * int(status().split('VmHWM:')[1].split()[0])\n"
-        "open('/proc/self/clear_refs', 'w').write('5'); before = peak()\n"
-        "write(2, {'first': both[:, 0], 'second': both[:, 1]}, {})\n"
-        "print((peak() - before) / half)"
-    )
-    run = [sys.executable, "-c", code, tmp_path / "run"]
-    share = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    # two pieces of 8 MiB, one copied and one written, of 64
-    assert share < 0.4
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints, data):

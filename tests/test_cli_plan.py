@@ -45,6 +45,11 @@ def test_mapped(run):
     assert "disk: 77.2 GB of 1 TB that are free, fits" in found.output
 
 
+def test_components(run):
+    found = run("--samples 1e6 --dim 8 --data-shape 3,32,32 --pca")
+    assert found.exit_code == 0 and "start from PCA" in found.output
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

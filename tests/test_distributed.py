@@ -12,10 +12,14 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COUNT, DIM, SHAPE, BATCH, STEPS = 37, 3, (1, 4, 4), 10, 9
 
@@ -51,8 +55,7 @@ def trained(folder, options, steps, group=None, resume=False):
     samples = data()
     group = group or Alone()
     folder.mkdir(exist_ok=True)
-    model = build_model(settings(**options), samples).double()
-    group.share(model, len(samples))
+    model = build_model(settings(**options), samples, group.own(len(samples))).double()
     trainer = Trainer(
         model, samples, None, settings(**{**options, "steps": steps}), folder, group=group,
         log_steps=3,
@@ -83,9 +86,65 @@ CASES = {
 }
 
 
+# a table of 1 MB for data of 64 kB; it is drawn, and read for its components, in small pieces
+START = {"latent_dim": 64, "hidden": (8,), "batch_size": 32, "steps": 1, "held_out": 0, "pca": True}
+STARTS = {
+    "drawn": {"pca": False},
+    "drawn, vad, mapped": {"pca": False, "model": "vad", "mapped": True},
+    "components": {"linear_path": True},
+    "ball": {"projection": "ball"},
+    "bf16, mapped": {"table_dtype": "bf16", "mapped": True},
+}
+PIECES = {
+    "settings._DRAWN": 64 * 99,
+    "settings.FITTED": 500,
+    "settings.CHUNK": 128,
+    "models._PCA_SAMPLES": 500,
+    "models._PCA_CHUNK": 101,
+}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest storage that any operator returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def begun(folder, name, group=None):
+    """The model of a run before its first step, and the bytes of its largest tensor so far."""
+    from fastlatent.trainer import Settings, Trainer, train
+
+    samples = torch.randn(4001, 4, generator=torch.Generator().manual_seed(6))
+    found, largest = {}, Largest()
+
+    class Begun(Exception):
+        pass
+
+    def stop(trainer, seconds):
+        found["largest"] = largest.bytes
+        found["model"] = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        raise Begun
+
+    with ExitStack() as stack:
+        for place, value in PIECES.items():
+            stack.enter_context(patch(f"fastlatent.{place}", value))
+        stack.enter_context(patch.object(Trainer, "run", stop))
+        stack.enter_context(pytest.raises(Begun))
+        stack.enter_context(largest)
+        train(samples, folder, Settings(**{**START, **STARTS[name]}), group=group)
+    return found
+
+
 def work_together(folder):
     """All that two ranks can do in turn; what went wrong is written to <work>.<rank>."""
-    for work in (work_train, work_part, work_table, work_full):
+    for work in (work_start, work_train, work_part, work_table, work_full, work_strided):
         place = folder / work.__name__
         place.mkdir(exist_ok=True)
         try:
@@ -93,6 +152,14 @@ def work_together(folder):
         except Exception:
             (folder / f"{work.__name__}.{os.environ['RANK']}").write_text(traceback.format_exc())
             raise
+
+
+def work_start(folder):
+    from fastlatent.distributed import Ranks
+
+    for name in STARTS:
+        group = Ranks()
+        torch.save(begun(folder / name, name, group), folder / f"{name}.{group.rank}.pt")
 
 
 def work_train(folder):
@@ -187,6 +254,34 @@ def work_full(folder):
     assert list((folder / "checkpoints").iterdir()) == []
 
 
+def work_strided(folder):
+    """Moments that are the two halves of one buffer, [N, 2, D], are saved and loaded."""
+    import torch.distributed as dist
+
+    from fastlatent import distributed
+
+    rows = distributed.partition(COUNT, dist.get_rank(), dist.get_world_size())
+    both = torch.randn(COUNT, 2, DIM, generator=torch.Generator().manual_seed(7))
+    own = both[rows.start : rows.stop]
+    names = ["optimizer.1.0.exp_avg", "optimizer.1.0.exp_avg_sq"]
+    counts = dict.fromkeys(names, COUNT)
+    saved = {name: own[:, number] for number, name in enumerate(names)}
+    distributed.save(folder / "saved", saved, counts)
+    again = torch.zeros_like(own)
+    distributed.load(
+        folder / "saved", {name: again[:, number] for number, name in enumerate(names)}, counts
+    )
+    assert torch.equal(again, own)
+    for name, tensor in distributed.stored(folder / "saved"):
+        assert torch.equal(tensor, saved[name])
+    # the bytes that cross the network when the rows are gathered
+    ranks = distributed.Ranks()
+    assert ranks.own(COUNT) == rows
+    whole = ranks._gathered(own[:, 1])
+    assert (whole is None) == (ranks.rank > 0)
+    assert whole is None or torch.equal(whole, both[:, 1])
+
+
 def work_endless(folder):
     from fastlatent.distributed import Ranks
 
@@ -261,7 +356,41 @@ def test_two_ranks_train_what_one_does(name, two_ranks, expected):
     check_same(torch.load(two_ranks / "work_train" / f"{name}.pt"), expected[name])
 
 
-@pytest.mark.parametrize("work", ["work_table", "work_full"])
+@pytest.mark.parametrize("name", STARTS)
+def test_a_rank_starts_with_its_rows_of_the_whole_and_holds_no_others(name, two_ranks, tmp_path):
+    whole = begun(tmp_path / "run", name)["model"]
+    parts = [torch.load(two_ranks / "work_start" / f"{name}.{rank}.pt") for rank in (0, 1)]
+    rows = [part["model"].pop("table.weight") for part in parts]
+    table = whole.pop("table.weight")
+    assert [len(own) for own in rows] == [2001, 2000]
+    assert torch.equal(torch.cat(rows), table)
+    # pieces with the same random numbers would have equal rows
+    assert len(table.unique(dim=0)) == len(table)
+    for part, own in zip(parts, rows, strict=True):
+        assert part["model"].keys() == whole.keys()
+        for key, value in whole.items():
+            assert torch.equal(part["model"][key], value), key
+        # fp32 codes or moments; a file that is mapped is a storage too
+        assert part["largest"] == 4 * own.numel()
+
+
+def test_a_table_of_one_piece_starts_as_before_there_were_pieces():
+    from fastlatent import AutoDecoder
+    from fastlatent.networks import build_decoder
+    from fastlatent.trainer import build_model
+
+    samples = data()
+    torch.manual_seed(0)
+    whole = AutoDecoder(build_decoder("mlp", DIM, SHAPE, hidden=(8,), output="linear"), COUNT, DIM)
+    built = build_model(settings(), samples)
+    assert torch.equal(built.table.weight, whole.table.weight)
+    for own in (range(0), range(5), range(7, 30), range(30, COUNT), range(COUNT, COUNT)):
+        part = build_model(settings(), samples, own)
+        assert part.num_samples == len(own)
+        assert torch.equal(part.table.weight, whole.table.weight[own.start : own.stop])
+
+
+@pytest.mark.parametrize("work", ["work_start", "work_table", "work_full", "work_strided"])
 def test_two_ranks_are_content_with(work, two_ranks):
     """Lookups of rows that live elsewhere; a disk that is full on one rank."""
     assert (two_ranks / work).exists() and not list(two_ranks.glob(f"{work}.*"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlatent import LatentTable, SparseAdam, VariationalLatentTable, mapped
+from fastlatent import LatentTable, SparseAdam, VariationalLatentTable, _files, mapped
 
 N, D = 500, 6
 FILES = ["exp_avg.npy", "exp_avg_sq.npy", "row_step.npy", "weight.npy"]
@@ -111,6 +111,19 @@ def test_optimizer_state_is_taken_along(tmp_path):
     assert not torch.equal(table.weight, weight)
 
 
+def test_moments_that_are_views_of_one_buffer_are_taken_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "_PIECE", 64 * D * 4)
+    table, optimizer = pair(LatentTable, None, step_mode="row")
+    train(table, optimizer)
+    state = optimizer.state[table.weight]
+    both = torch.stack([state["exp_avg"], state["exp_avg_sq"]], 1)
+    state.update(exp_avg=both[:, 0], exp_avg_sq=both[:, 1])
+    mapped.map_moments(optimizer, table, tmp_path)
+    for number, name in enumerate(("exp_avg", "exp_avg_sq")):
+        assert torch.equal(state[name], both[:, number])
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), both[:, number].numpy())
+
+
 def test_new_rows_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(mapped, "_CHUNK", 4 * D * 100)
     table = mapped.map_table(LatentTable(1, D), tmp_path / "a", num_embeddings=20_000)
@@ -167,7 +180,7 @@ def test_no_space(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"no space for 4[.]12 kB, .* were free before"):
         mapped.map_table(table, tmp_path / "a")
     assert os.listdir(tmp_path / "a") == [] and free > 0
 

@@ -1,12 +1,19 @@
 import dataclasses
 import errno
 import importlib
+import inspect
+import itertools
 import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +212,110 @@ def test_a_full_disk_does_not_end_the_run(data, tmp_path, monkeypatch):
     assert last_tensors(tmp_path / "run") == last_tensors(tmp_path / "whole")
 
 
+def fill_up(folder):
+    """Runs in a mount namespace of its own: a disk that has room for two checkpoints and no model.
+
+    Every other checkpoint is told that there is room, so that it meets the end of it in writing.
+    """
+    usage, reports = shutil.disk_usage, []
+    samples = load_data("digits").subset(torch.arange(240))
+    settings = small(latent_dim=64, steps=60)
+    train(samples, folder / "whole", settings, log_steps=10)
+    (tensors,) = (folder / "whole").glob("checkpoints/*/tensors.safetensors")
+    disk = folder / "disk"
+    disk.mkdir()
+
+    def mount(size, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"])]
+        subprocess.run([*command, "tmpfs", str(disk)], check=True)
+
+    mount(2 * tensors.stat().st_size + 50_000)
+    asked = itertools.count()
+
+    def told(place):
+        free = usage(place)
+        writes_tensors = ".new-" in str(place) and not any(Path(place).iterdir())
+        return free._replace(free=2**40) if writes_tensors and next(asked) % 2 else free
+
+    shutil.disk_usage = told
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            train(samples, disk / "run", settings, log_steps=10, checkpoint_seconds=1e-9)
+        except OSError as error:
+            reports = [error.errno, str(error)]
+    shutil.disk_usage = usage
+    left = sorted(str(p.relative_to(disk / "run")) for p in (disk / "run").rglob("*"))
+    latest = Checkpoints(disk / "run" / "checkpoints").latest()
+    read = sorted(name for name, _ in latest.tensors())
+    mount(50_000_000, "remount")
+    train(samples, disk / "run", settings, log_steps=10, resume=True)
+    same = all(
+        (folder / "whole" / name).read_bytes() == (disk / "run" / name).read_bytes()
+        for name in ("model.safetensors", str(tensors.relative_to(folder / "whole")))
+    )
+    found = {
+        "size": tensors.stat().st_size,
+        "error": reports,
+        "warnings": [str(warning.message) for warning in caught],
+        "left": left,
+        "step": latest.step,
+        "read": read,
+        "same": same,
+    }
+    print(json.dumps(found))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_disk_that_fills_up(tmp_path):
+    """Two checkpoints, then a full disk to the run's end; with more room it goes on from there."""
+    place = tmp_path / "probe"
+    place.mkdir()
+    alone = ["unshare", "--map-root-user", "--mount"]
+    try:
+        command = [*alone, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+        probe = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        pytest.skip(f"no mount namespace to fill up a disk in: {error}")
+    if probe.returncode:
+        pytest.skip(f"mounting is not permitted: {probe.stderr.strip()}")
+    ran = subprocess.run(
+        [*alone, sys.executable, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    size, run = f"{found['size'] / 1e3:.3g} kB", tmp_path / "disk" / "run"
+    # 10 and 20 fit; 30 to 60 do not, and neither does the model in the end
+    failed = [text for text in found["warnings"] if "no checkpoint" in text]
+    assert [int(text.split()[4]) for text in failed] == [30, 40, 50, 60]
+    for number, text in enumerate(failed):
+        words = "1.1 TB were free before" if number % 2 else r"\d+(\.\d+)? kB are free"
+        file = re.escape(f"{run}/checkpoints/.new-{10 * number + 30:012d}/tensors.safetensors")
+        wanted = rf"\(no space for {size}, {words}: '{file}'\): the last one is of step 20; the run"
+        assert re.search(wanted, text), (wanted, text)
+    assert found["error"][0] == errno.ENOSPC
+    wanted = (
+        rf"no space for \d+(\.\d+)? kB, \d+(\.\d+)? kB are free: '{re.escape(str(run))}/.*model\."
+    )
+    assert re.search(wanted, found["error"][1]), found["error"]
+    assert found["left"] == [
+        ".lock",
+        "checkpoints",
+        *(
+            f"checkpoints/step-0000000000{step}{file}"
+            for step in (10, 20)
+            for file in ("", "/state.json", "/tensors.safetensors")
+        ),
+        "metrics.jsonl",
+        "run.json",
+    ]
+    assert found["step"] == 20 and "model.table.weight" in found["read"]
+    assert found["same"]
+
+
 def test_a_line_of_metrics_that_finds_no_space_is_left_out_whole(tmp_path):
     metrics = metrics_module.Metrics(tmp_path)
     metrics.cut(0, 0)
@@ -221,6 +332,44 @@ def test_a_line_of_metrics_that_finds_no_space_is_left_out_whole(tmp_path):
     with pytest.warns(RuntimeWarning, match="no line of metrics at step 3: No space left"):
         metrics.add({"kind": "training", "step": 3})
     assert metrics.size == 0 and size > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_memory_is_not_that_of_the_process_that_started_it():
+    """A parent with 300 MB starts a child with little, which then takes 100 MB for a moment."""
+    # nothing but the function: importing fastlatent takes hundreds of megabytes of its own
+    peak = "import resource, sys\n" + inspect.getsource(metrics_module.peak_resident)
+    child = peak + (
+        "first = peak_resident()\n"
+        "held = b'x' * 100_000_000\n"
+        "del held\n"
+        "usage = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(first, peak_resident(), usage)\n"
+    )
+    parent = (
+        "import os, sys\n"
+        "held = b'x' * 300_000_000\n"
+        "if (pid := os.fork()) == 0:\n"
+        "    os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", parent, child], capture_output=True, text=True, check=True
+    )
+    first, peak, usage = map(int, found.stdout.split())
+    # an interpreter takes some 10 MB
+    assert first < 50_000_000 and 100_000_000 < peak < 150_000_000
+    assert usage > 300_000_000
+
+
+def test_the_peak_memory_where_there_is_no_proc(monkeypatch):
+    def no_such_file(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(metrics_module, "open", no_such_file, raising=False)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scale = 1 if sys.platform == "darwin" else 1024
+    assert metrics_module.peak_resident() >= usage * scale
 
 
 def test_metrics_that_were_lost_are_missed(tmp_path):
@@ -452,3 +601,7 @@ def test_without_tensorboard_the_extra_is_named(data, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"fastlatent\[tensorboard\]"):
         train(data, tmp_path / "run", small(), tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    fill_up(Path(sys.argv[1]))
