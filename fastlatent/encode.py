@@ -6,14 +6,12 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import os
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,8 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from fastlatent import _files, figures
+from fastlatent._checks import check_count
+from fastlatent._runs import check_same, read_record, to_json, use_threads
 from fastlatent._solvers import REASONS
 from fastlatent.data import LatentData, _ArraySamples, _as_array, _reading, load_data
 from fastlatent.inference import Fit
@@ -122,7 +122,9 @@ def encode(
 
     Errors of arguments, model or data come before anything is written.
     """
-    _check_numbers(chunk_size=(chunk_size, 1), seed=(seed, 0), threads=(threads, 1))
+    check_count("chunk_size", chunk_size)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: set one of them")
     folder = Path(out).expanduser()
@@ -150,14 +152,14 @@ def encode(
         "versions": {name: metadata.version(name) for name in ("fastlatent", "torch")},
     }  # fmt: skip
     if resume:
-        _check_same(folder, record)
+        check_same(folder / "run.json", record)
         if (folder / "summary.json").exists():
             shutil.rmtree(folder / "chunks", ignore_errors=True)
-            return _read_json(folder / "summary.json")
+            return read_record(folder / "summary.json")
     options = _options(model, refine, given)
 
     done = 0
-    with _threads(threads):
+    with use_threads(threads):
         for number in range(source.chunks):
             file = _chunk_file(folder, number)
             x, observed = source.chunk(number)
@@ -180,7 +182,7 @@ def finished_samples(out: str | os.PathLike[str]) -> tuple[int, int] | None:
     folder = Path(out).expanduser()
     if not (folder / "run.json").exists():
         return None
-    record = _read_json(folder / "run.json")
+    record = read_record(folder / "run.json")
     total, size = record["data"]["samples"], record["settings"]["chunk_size"]
     if (folder / "summary.json").exists():
         return total, total
@@ -415,7 +417,7 @@ def _finish(folder: Path, record: dict[str, Any], source: _Source) -> dict[str, 
     decoded = np.load(folder / "reconstructions.npy", mmap_mode="r")[shown.numpy()]
     page = _report(summary, *source.rows(shown), decoded, finite.numpy())
     _files.write(folder / "report.html", page.encode())
-    _files.write(folder / "summary.json", _json(summary))
+    _files.write(folder / "summary.json", to_json(summary))
     shutil.rmtree(folder / "chunks", ignore_errors=True)
     return summary
 
@@ -540,44 +542,7 @@ def _prepare(folder: Path, record: dict[str, Any]) -> None:
     for name in OUTPUTS:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "chunks", ignore_errors=True)
-    _files.write(folder / "run.json", _json(record))
-
-
-def _check_same(folder: Path, record: dict[str, Any]) -> None:
-    try:
-        before = _flat(_read_json(folder / "run.json"))
-    except AttributeError as error:
-        raise ValueError(f"{str(folder / 'run.json')!r} is damaged: use overwrite") from error
-    now = _flat(json.loads(_json(record)))
-    differing = [
-        f"{key} is {now.get(key)!r}, there {before.get(key)!r}"
-        for key in dict.fromkeys([*before, *now])
-        if now.get(key) != before.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"cannot resume {str(folder)!r} with other settings or data: {'; '.join(differing)}"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}): use overwrite") from error
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    _files.write(folder / "run.json", to_json(record))
 
 
 def _chunk_file(folder: Path, number: int) -> Path:
@@ -597,19 +562,3 @@ def _device(device: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch finds no CUDA device here")
     return found
-
-
-def _check_numbers(**numbers: tuple[int, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -20,8 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastlatent import figures, samplers
+from fastlatent._checks import check_count
+from fastlatent._runs import to_json, use_threads
 from fastlatent.data import LatentData, load_data
-from fastlatent.encode import _check_numbers, _device, _load, _threads
+from fastlatent.encode import _device, _load
 from fastlatent.models import AutoEncoder, LatentModel
 from fastlatent.priors import CodePrior, Gaussian
 from fastlatent.storage import _move, load_model, read_config
@@ -88,14 +89,16 @@ def generate(
 
     After an error nothing is written.
     """
-    _check_numbers(number=(number, 1), seed=(seed, 0), threads=(threads, 1))
+    check_count("number", number)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     folder = _checked_out(out, overwrite)
     if sampler is not None and sampler not in samplers.SAMPLERS:
         known = ", ".join(samplers.SAMPLERS)
         raise ValueError(f"sampler must be one of {known}; got {sampler!r}")
     model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
-    with _threads(threads):
+    with use_threads(threads):
         generator = torch.Generator(model.device).manual_seed(seed)
         described, drawn = _sampler(run, model, sampler, data, options, generator)
         codes = drawn.draw(number, generator)
@@ -161,7 +164,9 @@ def interpolate(
 
     After an error nothing is written.
     """
-    _check_numbers(steps=(steps, 2), seed=(seed, 0), threads=(threads, 1))
+    check_count("steps", steps, 2)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     if steps > MOST_STEPS:
         raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}")
     if mode not in MODES:
@@ -172,7 +177,7 @@ def interpolate(
     samples = None
     if data is not None:
         samples = _fitting(_load(data, **options), run, model)
-    with _threads(threads):
+    with use_threads(threads):
         ends = [
             _end(name, str(end), run, model, samples, seed) for name, end in (("a", a), ("b", b))
         ]
@@ -405,8 +410,7 @@ def _write(
     cells = _cells(np.stack(first), image)
     columns = len(cells) if picture == "strip.png" else math.ceil(math.sqrt(len(cells)))
     (folder / picture).write_bytes(figures.png(_tiled(cells, columns)))
-    text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
+    (folder / "summary.json").write_bytes(to_json(summary))
 
 
 def _pixels(samples: np.ndarray) -> np.ndarray:
