@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastlatent import figures, samplers
-from fastlatent._checks import check_count
+from fastlatent._checks import check_choice, check_count
 from fastlatent._runs import to_json, use_threads
 from fastlatent.data import LatentData, load_data
 from fastlatent.encode import _device, _load
@@ -93,9 +93,8 @@ def generate(
     check_count("seed", seed, 0)
     check_count("threads", threads)
     folder = _checked_out(out, overwrite)
-    if sampler is not None and sampler not in samplers.SAMPLERS:
-        known = ", ".join(samplers.SAMPLERS)
-        raise ValueError(f"sampler must be one of {known}; got {sampler!r}")
+    if sampler is not None:
+        check_choice("sampler", sampler, samplers.SAMPLERS)
     model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
     with use_threads(threads):
@@ -169,8 +168,7 @@ def interpolate(
     check_count("threads", threads)
     if steps > MOST_STEPS:
         raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    check_choice("mode", mode, MODES)
     folder = _checked_out(out, overwrite)
     model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}

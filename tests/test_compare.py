@@ -366,7 +366,7 @@ def test_damaged_files_are_named(few, tmp_path, file, content):
         ({"code_lr": float("nan")}, ValueError, "code_lr must be a finite number above 0"),
         ({"beta": -1.0}, ValueError, "beta"),
         ({"latent_dim": 0}, ValueError, "latent_dim"),
-        ({"network": "transformer"}, ValueError, "'mlp', 'conv'"),
+        ({"network": "transformer"}, ValueError, "mlp, conv"),
         ({"network": "conv"}, ValueError, "hidden is for network='mlp'"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction"),
         ({"data": "nonesuch"}, ValueError, "nonesuch"),

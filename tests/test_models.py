@@ -627,7 +627,7 @@ def decoder(dim=D, shape=SHAPE):
         (lambda: AutoDecoder(decoder(), 2.0, D), "num_samples must be an integer .* got 2.0"),
         (
             lambda: AutoDecoder(decoder(), N, D, projection="cube"),
-            "projection must be one of None, 'ball', 'sphere'; got 'cube'",
+            "projection must be one of None, ball, sphere; got 'cube'",
         ),
         (lambda: AutoDecoder(decoder(), N, D, radius=0), "radius must be positive"),
         (lambda: AutoDecoder(decoder(), N, D, code_penalty=-1), "code_penalty must be .* got -1"),
@@ -637,7 +637,7 @@ def decoder(dim=D, shape=SHAPE):
         ),
         (
             lambda: VariationalAutoDecoder(decoder(), N, D, variance="free"),
-            "variance must be one of 'learned', 'fixed', 'none'; got 'free'",
+            "variance must be one of learned, fixed, none; got 'free'",
         ),
         (lambda: VariationalAutoDecoder(decoder(), N, D, beta=-0.1), "beta must be .* got -0.1"),
         (lambda: VariationalAutoDecoder(decoder(), N, D, beta=math.nan), "beta must be finite"),
