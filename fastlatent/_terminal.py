@@ -1,12 +1,43 @@
-"""What the commands share: how an error ends one, and how an interrupted one goes on."""
+"""What the commands share: progress, how an error ends one, how an interrupted one goes on."""
 
 from __future__ import annotations
 
 import shlex
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import ProgressColumn
+
+
+class Lines(AbstractContextManager["Lines"]):
+    """Progress as plain lines. Called with each step, a command's own class prints some."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Live(AbstractContextManager["Live"]):
+    """Progress as a bar, gone at the end. Called with each step, a command's own class moves it."""
+
+    def __init__(self, console: Console, *columns: str | ProgressColumn) -> None:
+        self.console = console
+        self.bar = Bar(*columns, console=console, transient=True, expand=True)
+
+    def __enter__(self) -> Live:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
 
 
 def fail(error: Exception) -> NoReturn:
@@ -18,6 +49,13 @@ def fail(error: Exception) -> NoReturn:
         f"error: {' '.join(text.split())}", style="red", markup=False
     )
     raise typer.Exit(2)
+
+
+def interrupted(*lines: str) -> NoReturn:
+    """The lines on stderr, the exit code of Ctrl-C."""
+    for line in lines:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+    raise typer.Exit(130)
 
 
 def resume_command(context: typer.Context) -> str:

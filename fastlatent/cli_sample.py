@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fastlatent._terminal import fail
+from fastlatent._terminal import fail, interrupted
 
 Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a saved model.")]
 Root = Annotated[
@@ -150,8 +150,7 @@ def _report(work: Callable[[], list[str]], quiet: bool) -> None:
     try:
         lines = work()
     except KeyboardInterrupt:
-        Console(stderr=True, highlight=False).print("interrupted: nothing was written")
-        raise typer.Exit(130) from None
+        interrupted("interrupted: nothing was written")
     except (
         ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, IndexError
     ) as error:  # fmt: skip

@@ -159,7 +159,7 @@ def test_the_bar_shows_the_speed(capsys):
     from rich.console import Console
 
     view = cli_train._Live(Console(force_terminal=True, width=120))
-    with view.shown():
+    with view:
         view(Progress(1_500, None, 1.5, 3.0, 98_765.0, 0.25, None))
     task = view.bar.tasks[0]
     assert (task.description, task.total) == ("1,500", None)
