@@ -1,15 +1,39 @@
-"""What the commands share: progress, how an error ends one, how an interrupted one goes on."""
+"""What the commands share: options, progress, how an error ends one or Ctrl-C does."""
 
 from __future__ import annotations
 
 import shlex
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import ProgressColumn
+
+Root = Annotated[
+    Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side that the images of a folder are brought to.")
+]
+Hidden = Annotated[
+    str | None,
+    typer.Option(
+        help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
+    ),
+]
+LinearPath = Annotated[
+    bool, typer.Option("--linear-path", help="Add a linear map to the mlp decoder.")
+]
+Mapped = Annotated[
+    bool, typer.Option("--mapped", help="Keep the table in files; it may exceed the memory.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 class Lines(AbstractContextManager["Lines"]):

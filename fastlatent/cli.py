@@ -13,7 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from fastlatent._terminal import Lines, Live, fail, interrupted, resume_command, widths
+from fastlatent._terminal import (
+    Download,
+    Hidden,
+    ImageSize,
+    Lines,
+    Live,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+    widths,
+)
 from fastlatent.cli_infer import infer
 from fastlatent.cli_plan import plan
 from fastlatent.cli_sample import interpolate, sample
@@ -63,26 +74,15 @@ def compare(
             "folder of images."
         ),
     ] = "digits",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastlatent-compare"),
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 64,
     latent_dim: Annotated[int, typer.Option(help="Dimensions of a code.")] = 8,
     network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
-        ),
-    ] = None,
+    hidden: Hidden = None,
     lr: Annotated[float, typer.Option(help="Learning rate of decoder and encoder.")] = 1e-3,
     code_lr: Annotated[
         float, typer.Option(help="Learning rate of the auto-decoders' codes.")

@@ -10,7 +10,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 
-from fastlatent._terminal import Lines, Live, fail, interrupted, resume_command
+from fastlatent._terminal import (
+    Device,
+    Download,
+    ImageSize,
+    Lines,
+    Live,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+)
 
 if TYPE_CHECKING:
     from fastlatent.encode import Progress
@@ -60,17 +70,11 @@ def infer(
     ] = False,
     chunk_size: Annotated[int, typer.Option(help="Samples fitted and stored together.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Threads to compute with.")] = 1,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted work in --out.")
     ] = False,

@@ -14,7 +14,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TimeElapsedColumn
 
-from fastlatent._terminal import Lines, Live, fail, interrupted, resume_command, widths
+from fastlatent._terminal import (
+    Device,
+    Download,
+    Hidden,
+    ImageSize,
+    LinearPath,
+    Lines,
+    Live,
+    Mapped,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+    widths,
+)
 
 if TYPE_CHECKING:
     from fastlatent.trainer import Alone, Progress
@@ -42,15 +56,8 @@ def train(
     ] = None,
     latent_dim: Annotated[int, typer.Option(help="Dimensions of a code.")] = 32,
     network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
-        ),
-    ] = None,
-    linear_path: Annotated[
-        bool, typer.Option("--linear-path", help="Add a linear map to the mlp decoder.")
-    ] = False,
+    hidden: Hidden = None,
+    linear_path: LinearPath = False,
     pca: Annotated[
         bool, typer.Option("--pca", help="Start the codes at the principal components.")
     ] = False,
@@ -82,7 +89,7 @@ def train(
     threads: Annotated[int, typer.Option(help="Threads to compute with.")] = 1,
     workers: Annotated[int, typer.Option(help="Threads that read data.")] = 1,
     impl: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     log_steps: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 50,
     evaluate_seconds: Annotated[
         float, typer.Option(help="Training between evaluations on held-out samples.")
@@ -93,22 +100,14 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard logs too.")
     ] = False,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out.")
     ] = False,
-    mapped: Annotated[
-        bool, typer.Option("--mapped", help="Keep the table in files; it may exceed the memory.")
-    ] = False,
+    mapped: Mapped = False,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a rank waits for another one (torchrun).")
     ] = 300.0,
