@@ -28,7 +28,7 @@ from fastlatent import _files, figures
 from fastlatent._checks import check_count
 from fastlatent._runs import check_same, read_record, to_json, use_threads
 from fastlatent._solvers import REASONS
-from fastlatent.data import LatentData, _ArraySamples, _as_array, _reading, load_data
+from fastlatent.data import LatentData, load_data, open_npy
 from fastlatent.inference import Fit
 from fastlatent.models import AutoDecoder, LatentModel, VariationalAutoDecoder
 from fastlatent.storage import load_model, read_config
@@ -130,7 +130,7 @@ def encode(
     folder = Path(out).expanduser()
     _check_out(folder, resume=resume, overwrite=overwrite)
     model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device))
-    samples = _load(data, root=root, download=download, image_size=image_size)
+    samples = load_data(data, root=root, download=download, image_size=image_size, allow_nan=True)
     if tuple(samples.sample_shape) != model.sample_shape:
         raise ValueError(
             f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
@@ -191,24 +191,6 @@ def finished_samples(out: str | os.PathLike[str]) -> tuple[int, int] | None:
     return sum(min(size, total - number * size) for number in there), total
 
 
-class _Incomplete(_ArraySamples):
-    """Samples in an array in which NaN stands for what was not observed."""
-
-    def _measured_range(self, source: str) -> tuple[float, float]:
-        low, high = np.inf, -np.inf
-        for start in range(0, len(self), 1024):
-            x = self._converted(self._array[start : start + 1024])
-            infinite = np.isinf(x).reshape(len(x), -1).any(1)
-            if infinite.any():
-                raise ValueError(
-                    f"{source}: sample {start + int(infinite.argmax())} holds infinite values"
-                )
-            seen = x[~np.isnan(x)]
-            if seen.size:
-                low, high = min(low, float(seen.min())), max(high, float(seen.max()))
-        return (low, high) if low <= high else (0.0, 0.0)
-
-
 class _Source:
     """The samples and what is observed of them, in chunks."""
 
@@ -261,23 +243,6 @@ class _Source:
         }
 
 
-def _load(data: Any, **options: Any) -> LatentData:
-    if isinstance(data, str | os.PathLike) and Path(data).suffix.lower() == ".npy":
-        path = Path(data).expanduser()
-        if not path.exists():
-            return load_data(data, **options)
-        with _reading(path, "an array of numbers"):
-            array = np.lib.format.open_memmap(path, mode="r")
-        name = path.stem
-    elif isinstance(data, np.ndarray | Tensor):
-        array, name = _as_array(data), "array"
-    else:
-        return load_data(data, **options)
-    if array.dtype.kind != "f":
-        return load_data(data, **options)
-    return load_data(LatentData(_Incomplete(array, str(name)), name=name), **options)
-
-
 def _load_mask(mask: Any, samples: LatentData) -> LatentData | None:
     """The mask as samples of 0 and 1, laid out by the same rules as the data."""
     if mask is None:
@@ -290,8 +255,7 @@ def _load_mask(mask: Any, samples: LatentData) -> LatentData | None:
             raise FileNotFoundError(f"{name} does not exist")
         if path.suffix.lower() != ".npy":
             raise ValueError(f"{name} must be a .npy file of bool values")
-        with _reading(path, "an array of bool"):
-            mask = np.lib.format.open_memmap(path, mode="r")
+        mask = open_npy(path)
     if not isinstance(mask, np.ndarray | Tensor):
         raise TypeError(f"mask must be an array or a .npy file; got {type(mask).__name__}")
     if mask.dtype not in (np.dtype(bool), torch.bool):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastlatent import figures, samplers
 from fastlatent._checks import check_choice, check_count
 from fastlatent._runs import to_json, use_threads
-from fastlatent.data import LatentData, load_data
-from fastlatent.encode import _device, _load
+from fastlatent.data import LatentData, load_data, open_npy
+from fastlatent.encode import _device
 from fastlatent.models import AutoEncoder, LatentModel
 from fastlatent.priors import CodePrior, Gaussian
 from fastlatent.storage import _move, load_model, read_config
@@ -174,7 +174,7 @@ def interpolate(
     options = {"root": root, "download": download, "image_size": image_size}
     samples = None
     if data is not None:
-        samples = _fitting(_load(data, **options), run, model)
+        samples = _fitting(load_data(data, **options, allow_nan=True), run, model)
     with use_threads(threads):
         ends = [
             _end(name, str(end), run, model, samples, seed) for name, end in (("a", a), ("b", b))
@@ -294,16 +294,16 @@ def _sample(
     if not path.exists():
         raise FileNotFoundError(f"{name}: {str(path)!r} does not exist")
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{name}: {str(path)!r} cannot be read as an array: {error}") from error
+        array = open_npy(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
     # a file may hold the sample alone, without an axis of samples
     shapes = [array[None], array] if row is None else [array]
     found = [
         samples
         for candidate in shapes
         if 0 not in candidate.shape and candidate.ndim > 1
-        for samples in (_load(candidate),)
+        for samples in (load_data(candidate, allow_nan=True),)
         if tuple(samples.sample_shape) == model.sample_shape
     ]
     if not found:

@@ -363,7 +363,7 @@ WAY_ERRORS = [
     ("ad", ["1", "train.npy"], "holds 30 samples: choose one, such as train.npy:0"),
     ("ad", ["train.npy:30", "1"], "a: 'train.npy' has the rows 0 .. 29; got 30"),
     ("lines", ["train.npy", "1"], "a: 'train.npy' has shape (30, 1, 6, 5), but the model in"),
-    ("ad", ["broken.npy", "1"], "a: 'broken.npy' cannot be read as an array"),
+    ("ad", ["broken.npy", "1"], "a: cannot read broken.npy as an array"),
     ("ad", ["1", "2", "--steps", "1"], "steps must be an integer of at least 2; got 1"),
     ("ad", ["1", "2", "--steps", "501"], "steps must be at most 500; got 501"),
     ("ad", ["1", "2", "--mode", "cubic"], "mode must be one of linear, slerp; got 'cubic'"),

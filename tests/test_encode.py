@@ -346,7 +346,7 @@ ERRORS = {
     "no data": (["{run}", "{t}/none.npy"], "none.npy does not exist"),
     "unknown data": (["{run}", "nonsense"], "unknown data set 'nonsense'"),
     "another shape": (["{run}", "{wide}"], "have shape (1, 4, 4), but the model in"),
-    "infinite": (["{run}", "{infinite}"], "sample 2 holds infinite values"),
+    "infinite": (["{run}", "{infinite}"], "sample 2 holds inf as float32"),
     "all NaN": (["{run}", "{nan}"], "nothing is observed in any of the 3 samples"),
     "no mask": (["{run}", "{data}", "--mask", "{t}/m.npy"], "m.npy' does not exist"),
     "a float mask": (["{run}", "{data}", "--mask", "{data}"], "must be bool"),

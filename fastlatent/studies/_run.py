@@ -422,7 +422,8 @@ def _thinned(data: LatentData, most: int) -> LatentData:
     rows = torch.arange(most) * len(data) // most
     labels = None if data.labels is None else data.labels[rows]
     thin = load_data(data.batch(rows), labels=labels)
-    return LatentData(thin._samples, name=data.name, labels=labels)
+    thin.name = data.name
+    return thin
 
 
 def _key(data: LatentData, settings: Settings) -> str:
