@@ -54,7 +54,10 @@ class Checkpoint:
             return
         with safe_open(self.folder / TENSORS, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+                yield name, self._tensor(file, name)
+
+    def _tensor(self, file: safe_open, name: str) -> Tensor:
+        return file.get_tensor(name)
 
 
 class Checkpoints:
