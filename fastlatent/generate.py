@@ -101,17 +101,7 @@ def generate(
         generator = torch.Generator(model.device).manual_seed(seed)
         described, drawn = _sampler(run, model, sampler, data, options, generator)
         codes = drawn.draw(number, generator)
-        summary = {
-            "model": _model(run, model),
-            "sampler": described,
-            "samples": number,
-            "image": _image(run, model, codes),
-            "seed": seed,
-            "versions": _versions(),
-        }
-        with _replacing(folder) as new:
-            _write(new, model, codes, summary, "grid.png")
-    return summary
+        return _write(folder, run, model, codes, seed, "grid.png", sampler=described)
 
 
 def interpolate(
@@ -180,19 +170,7 @@ def interpolate(
             _end(name, str(end), run, model, samples, seed) for name, end in (("a", a), ("b", b))
         ]
         codes = _way(ends[0], ends[1], steps, mode, model)
-        summary = {
-            "model": _model(run, model),
-            "a": str(a),
-            "b": str(b),
-            "mode": mode,
-            "samples": steps,
-            "image": _image(run, model, codes),
-            "seed": seed,
-            "versions": _versions(),
-        }
-        with _replacing(folder) as new:
-            _write(new, model, codes, summary, "strip.png")
-    return summary
+        return _write(folder, run, model, codes, seed, "strip.png", a=str(a), b=str(b), mode=mode)
 
 
 def _sampler(
@@ -365,14 +343,6 @@ def _fitting(samples: LatentData, run: Any, model: LatentModel) -> LatentData:
     return samples
 
 
-def _model(run: str | os.PathLike[str], model: LatentModel) -> dict[str, str]:
-    return {"class": type(model).__name__, "sha256": read_config(run)["sha256"]}
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("fastlatent", "torch")}
-
-
 def _image(run: str | os.PathLike[str], model: LatentModel, codes: Tensor) -> bool:
     described = read_config(run)["data"]
     if described is not None:
@@ -385,9 +355,33 @@ def _image(run: str | os.PathLike[str], model: LatentModel, codes: Tensor) -> bo
 
 
 def _write(
-    folder: Path, model: LatentModel, codes: Tensor, summary: dict[str, Any], picture: str
+    folder: Path,
+    run: str | os.PathLike[str],
+    model: LatentModel,
+    codes: Tensor,
+    seed: int,
+    picture: str,
+    **origin: Any,
+) -> dict[str, Any]:
+    """Everything that `out` holds afterwards; the content of summary.json, `origin` in it."""
+    summary = {
+        "model": {"class": type(model).__name__, "sha256": read_config(run)["sha256"]},
+        **origin,
+        "samples": len(codes),
+        "image": _image(run, model, codes),
+        "seed": seed,
+        "versions": {name: metadata.version(name) for name in ("fastlatent", "torch")},
+    }
+    with _replacing(folder) as new:
+        _write_samples(new, model, codes, summary["image"], picture)
+        (new / "summary.json").write_bytes(to_json(summary))
+    return summary
+
+
+def _write_samples(
+    folder: Path, model: LatentModel, codes: Tensor, image: bool, picture: str
 ) -> None:
-    image, shown = summary["image"], SHOWN if picture == "grid.png" else MOST_STEPS
+    shown = SHOWN if picture == "grid.png" else MOST_STEPS
     np.save(folder / "codes.npy", codes.cpu().numpy())
     if image:
         (folder / "images").mkdir()
@@ -408,7 +402,6 @@ def _write(
     cells = _cells(np.stack(first), image)
     columns = len(cells) if picture == "strip.png" else math.ceil(math.sqrt(len(cells)))
     (folder / picture).write_bytes(figures.png(_tiled(cells, columns)))
-    (folder / "summary.json").write_bytes(to_json(summary))
 
 
 def _pixels(samples: np.ndarray) -> np.ndarray:
