@@ -21,6 +21,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastlatent._files import sha256
 from fastlatent.optim import SparseAdam
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -264,11 +265,6 @@ def _group(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
 def _digest(content: dict[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _to_disk(place: Path) -> None:

@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlatent.checkpoint import Checkpoint, Checkpoints, sha256
+from fastlatent._files import sha256
+from fastlatent.checkpoint import Checkpoint, Checkpoints
 from fastlatent.models import LatentModel, Losses
 from fastlatent.reference import check_range
 from fastlatent.tables import LatentTable, _check_index

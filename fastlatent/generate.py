@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +16,13 @@ from torch import Tensor, nn
 
 from fastlatent import figures, samplers
 from fastlatent._checks import check_choice, check_count
+from fastlatent._files import replacing_folder
 from fastlatent._runs import to_json, use_threads
 from fastlatent.data import LatentData, load_data, open_npy
 from fastlatent.encode import _device
 from fastlatent.models import AutoEncoder, LatentModel
 from fastlatent.priors import CodePrior, Gaussian
-from fastlatent.storage import _move, load_model, read_config
+from fastlatent.storage import load_model, read_config
 
 MODES = ("linear", "slerp")
 SHOWN = 100
@@ -372,7 +369,7 @@ def _write(
         "seed": seed,
         "versions": {name: metadata.version(name) for name in ("fastlatent", "torch")},
     }
-    with _replacing(folder) as new:
+    with replacing_folder(folder) as new:
         _write_samples(new, model, codes, summary["image"], picture)
         (new / "summary.json").write_bytes(to_json(summary))
     return summary
@@ -448,20 +445,3 @@ def _checked_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
             f"out={str(out)!r} holds results: overwrite (--overwrite) replaces them"
         )
     return folder
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the other one's place if the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        # mkdtemp's directory is for its owner only
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)
-        yield new
-        _move(new, folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
