@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 
@@ -18,9 +17,7 @@ runner = CliRunner()
 SMALL = ["--held-out", "40", "--latent-dim", "4", "--hidden", "16", "--batch-size", "32"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

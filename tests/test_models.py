@@ -23,13 +23,7 @@ TABLES = ("ad", "vad", "vad-fixed", "vad-none")
 EVERY = ("ae", "vae", *TABLES)
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """One, unlike in the other tests: batches this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind, n=N, dim=D, **options):
