@@ -26,7 +26,7 @@ from fastlatent._build import build_models
 from fastlatent._checks import check_count
 from fastlatent._files import write
 from fastlatent._runs import check_same, to_json, use_threads, versions
-from fastlatent.data import LatentData, batches, load_data, split
+from fastlatent.data import LatentData, batches, load_data, split, spread
 from fastlatent.figures import MODELS
 from fastlatent.inference import Fit
 from fastlatent.models import (
@@ -369,8 +369,8 @@ def compare(
     comparison = Comparison(
         **run,
         models={key: results[key] for key in models},
-        originals=test.batch(_spread(len(test), SHOWN)).numpy(),
-        labels=None if train.labels is None else train.labels[_spread(len(train), MAPPED)].numpy(),
+        originals=test.batch(spread(len(test), SHOWN)).numpy(),
+        labels=None if train.labels is None else train.labels[spread(len(train), MAPPED)].numpy(),
     )
     if built:
         study_settings = StudySettings(
@@ -468,10 +468,10 @@ def _measure(
     all_codes = torch.cat(codes)
     if isinstance(model, AutoEncoder):
         model.fit_sampler(all_codes)
-    mapped = _spread(len(train), MAPPED)
+    mapped = spread(len(train), MAPPED)
     map_codes = all_codes[mapped.to(model.device)].float().cpu().numpy()
 
-    shown = _spread(len(test), SHOWN).to(model.device)
+    shown = spread(len(test), SHOWN).to(model.device)
     x = test.tensor().to(model.device)
     values = len(train) * math.prod(train.sample_shape), x.numel()
     decoded, seconds = _encode_unseen(model, x)
@@ -567,12 +567,6 @@ def _agreement(codes: np.ndarray, labels: np.ndarray | None) -> float | None:
     return float((labels[nearest] == labels).mean())
 
 
-def _spread(length: int, count: int) -> Tensor:
-    """Rows at equal distances: data sorted by class would show one class in their first rows."""
-    count = min(length, count)
-    return torch.arange(count) * length // count
-
-
 def _describe_network(module: nn.Module) -> dict[str, Any]:
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
@@ -586,7 +580,7 @@ def _describe_network(module: nn.Module) -> dict[str, Any]:
 
 
 def _describe_data(samples: LatentData, train: LatentData, test: LatentData) -> dict[str, Any]:
-    rows = _spread(len(samples), 4_096)
+    rows = spread(len(samples), 4_096)
     digest = hashlib.sha256(samples.batch(rows).numpy().tobytes())
     if samples.labels is not None:
         digest.update(samples.labels.numpy().tobytes())

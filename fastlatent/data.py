@@ -354,6 +354,15 @@ def _divided(data: LatentData, test: Tensor) -> tuple[LatentData, LatentData]:
     return data._without(test, f"{data.name}/train"), data.subset(test, f"{data.name}/test")
 
 
+def spread(length: int, count: int) -> Tensor:
+    """Rows of data of this length at equal distances, ``count`` at most, int64.
+
+    Data sorted by class would show one class in their first rows.
+    """
+    count = min(length, count)
+    return torch.arange(count) * length // count
+
+
 def batches(
     data: LatentData,
     batch_size: int,

@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from markupsafe import Markup
@@ -28,9 +27,10 @@ from fastlatent import _files, figures
 from fastlatent._checks import check_count
 from fastlatent._runs import check_same, read_record, to_json, use_threads
 from fastlatent._solvers import REASONS
-from fastlatent.data import LatentData, load_data, open_npy
+from fastlatent.data import LatentData, load_data, open_npy, spread
 from fastlatent.inference import Fit
 from fastlatent.models import AutoDecoder, LatentModel, VariationalAutoDecoder
+from fastlatent.report import fill
 from fastlatent.storage import load_model, read_config
 
 SHOWN = 10
@@ -377,7 +377,7 @@ def _finish(folder: Path, record: dict[str, Any], source: _Source) -> dict[str, 
         )
     )  # fmt: skip
     _files.write(folder / "status.csv", table.getvalue().encode())
-    shown = torch.arange(min(count, SHOWN)) * count // min(count, SHOWN)
+    shown = spread(count, SHOWN)
     decoded = np.load(folder / "reconstructions.npy", mmap_mode="r")[shown.numpy()]
     page = _report(summary, *source.rows(shown), decoded, finite.numpy())
     _files.write(folder / "report.html", page.encode())
@@ -422,14 +422,8 @@ def _report(
     losses: np.ndarray,
 ) -> str:
     results = summary["results"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("infer.html").render(
+    return fill(
+        "infer.html",
         summary=summary,
         results=results,
         inks=figures.INKS,

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlatent._checks import check_choice, check_count
-from fastlatent.data import LatentData
+from fastlatent.data import LatentData, spread
 from fastlatent.loader import noise_seed
 from fastlatent.memory import MemoryPlan, plan
 from fastlatent.models import (
@@ -269,9 +268,3 @@ def rate_factor(settings: Settings, total: int | None) -> Callable[[int], float]
         return rising * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
-
-
-def spread(length: int, count: int) -> Tensor:
-    """Rows at equal distances."""
-    count = min(length, count)
-    return torch.arange(count) * length // count

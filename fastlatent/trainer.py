@@ -31,7 +31,7 @@ from fastlatent._files import write
 from fastlatent._impl import use_impl
 from fastlatent._runs import check_same, to_json, use_threads, versions
 from fastlatent.checkpoint import Checkpoints, captured, locked, restore
-from fastlatent.data import LatentData, hold_out, load_data
+from fastlatent.data import LatentData, hold_out, load_data, spread
 from fastlatent.loader import Loader, Sampler, noise_seed
 from fastlatent.mapped import map_moments, map_table
 from fastlatent.metrics import BOARD, METRICS, Metrics, TableClock, board_writer
@@ -50,7 +50,6 @@ from fastlatent.settings import (
     build_optimizers,
     memory_plan,
     rate_factor,
-    spread,
     start_from_pca,
 )
 from fastlatent.storage import CONFIG, WEIGHTS, save_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlatent.comparison import MAPPED, Comparison, compare, finished_models
+from fastlatent.comparison import Comparison, compare, finished_models
 from fastlatent.data import load_data, split
 
 KEYS = ["autoencoder", "variational_autoencoder", "autodecoder", "variational_autodecoder"]
@@ -463,14 +463,6 @@ def test_convolutional_networks_of_any_size():
     )
     assert result.settings["decoder"]["name"] == "ConvDecoder"
     assert result.originals.shape == (2, 3, 5, 7)
-
-
-def test_map_takes_samples_from_everywhere(monkeypatch):
-    import importlib
-
-    module = importlib.import_module("fastlatent.comparison")
-    assert module._spread(5, MAPPED).tolist() == [0, 1, 2, 3, 4]
-    assert module._spread(100, 4).tolist() == [0, 25, 50, 75]
 
 
 def test_progress_covers_the_whole_job(few, tmp_path):

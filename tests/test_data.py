@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from fastlatent import data as data_module
-from fastlatent.data import DATA_NAMES, LatentData, batches, load_data, split
+from fastlatent.data import DATA_NAMES, LatentData, batches, load_data, split, spread
 
 
 def random_bytes(*shape, seed=0):
@@ -276,6 +276,11 @@ def test_value_too_large_for_float32_is_not_finite():
     x[1, 1] = 1e300
     with pytest.raises(ValueError, match="sample 1 holds inf as float32"):
         load_data(x)
+
+
+def test_spread_takes_rows_from_everywhere():
+    assert spread(5, 2_000).tolist() == [0, 1, 2, 3, 4]
+    assert spread(100, 4).tolist() == [0, 25, 50, 75]
 
 
 def test_range_is_measured_over_all_pieces(monkeypatch):
