@@ -1,16 +1,21 @@
-"""What runs that write into a folder share: their record, and threads."""
+"""What the runs that write into a folder share: threads, checks, the record of a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastlatent.data import LatentData
+    from fastlatent.models import LatentModel
 
 
 @contextmanager
@@ -22,6 +27,15 @@ def use_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_samples(samples: LatentData, model: LatentModel, run: str | os.PathLike[str]) -> None:
+    """ValueError unless the samples have the shape that the model, saved in `run`, makes."""
+    if tuple(samples.sample_shape) != model.sample_shape:
+        raise ValueError(
+            f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
+            f"{str(run)!r} makes {model.sample_shape}"
+        )
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -24,8 +24,8 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from fastlatent import _files, figures
-from fastlatent._checks import check_count
-from fastlatent._runs import check_same, read_record, to_json, use_threads
+from fastlatent._checks import check_count, check_device
+from fastlatent._runs import check_same, check_samples, read_record, to_json, use_threads
 from fastlatent._solvers import REASONS
 from fastlatent.data import LatentData, load_data, open_npy, spread
 from fastlatent.inference import Fit
@@ -129,13 +129,9 @@ def encode(
         raise ValueError("resume and overwrite exclude each other: set one of them")
     folder = Path(out).expanduser()
     _check_out(folder, resume=resume, overwrite=overwrite)
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device))
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device))
     samples = load_data(data, root=root, download=download, image_size=image_size, allow_nan=True)
-    if tuple(samples.sample_shape) != model.sample_shape:
-        raise ValueError(
-            f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
-            f"{str(run)!r} makes {model.sample_shape}"
-        )
+    check_samples(samples, model, run)
     tell = on_progress or (lambda progress: None)
     source = _Source(samples, _load_mask(mask, samples), chunk_size)
     described = source.describe(lambda done: tell(Progress("reading", done, len(samples))))
@@ -510,13 +506,3 @@ def _chunk_file(folder: Path, number: int) -> Path:
 def _ratio(error: float, count: float) -> float | None:
     ratio = error / count if count else None
     return ratio if ratio is not None and np.isfinite(ratio) else None
-
-
-def _device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be such as 'cpu' or 'cuda'; got {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch finds no CUDA device here")
-    return found

@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastlatent import figures, samplers
-from fastlatent._checks import check_choice, check_count
+from fastlatent._checks import check_choice, check_count, check_device
 from fastlatent._files import replacing_folder
-from fastlatent._runs import to_json, use_threads
+from fastlatent._runs import check_samples, to_json, use_threads
 from fastlatent.data import LatentData, load_data, open_npy
-from fastlatent.encode import _device
 from fastlatent.models import AutoEncoder, LatentModel
 from fastlatent.priors import CodePrior, Gaussian
 from fastlatent.storage import load_model, read_config
@@ -92,7 +91,7 @@ def generate(
     folder = _checked_out(out, overwrite)
     if sampler is not None:
         check_choice("sampler", sampler, samplers.SAMPLERS)
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
     with use_threads(threads):
         generator = torch.Generator(model.device).manual_seed(seed)
@@ -157,11 +156,12 @@ def interpolate(
         raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}")
     check_choice("mode", mode, MODES)
     folder = _checked_out(out, overwrite)
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
     samples = None
     if data is not None:
-        samples = _fitting(load_data(data, **options, allow_nan=True), run, model)
+        samples = load_data(data, **options, allow_nan=True)
+        check_samples(samples, model, run)
     with use_threads(threads):
         ends = [
             _end(name, str(end), run, model, samples, seed) for name, end in (("a", a), ("b", b))
@@ -198,7 +198,10 @@ def _sampler(
             f"the sampler {name!r} is fitted to the codes of the training samples, which the "
             f"{kind} in {where} does not hold: give the training data (--data)"
         )
-    samples = None if table else _fitting(load_data(data, **options), run, model)
+    samples = None
+    if not table:
+        samples = load_data(data, **options)
+        check_samples(samples, model, run)
     codes = samplers.training_codes(model, samples, generator=generator)
     fitted = samplers.fit(name, model, codes, generator)
     described = {
@@ -329,15 +332,6 @@ def _centre(model: LatentModel) -> Tensor:
         model.sampler()
         return model.code_mean
     return samplers.widened(model.codes.mean(0))
-
-
-def _fitting(samples: LatentData, run: Any, model: LatentModel) -> LatentData:
-    if tuple(samples.sample_shape) != model.sample_shape:
-        raise ValueError(
-            f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
-            f"{str(run)!r} makes {model.sample_shape}"
-        )
-    return samples
 
 
 def _image(run: str | os.PathLike[str], model: LatentModel, codes: Tensor) -> bool:

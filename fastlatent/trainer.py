@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastlatent._checks import check_count
+from fastlatent._checks import check_count, check_device
 from fastlatent._files import write
 from fastlatent._impl import use_impl
 from fastlatent._runs import check_same, to_json, use_threads, versions
@@ -600,8 +600,7 @@ def _check(
         raise ValueError(f"seconds must be positive and finite; got {seconds}")
     if settings.epochs is None and settings.steps is None and seconds is None:
         raise ValueError("the run has no end: give epochs, steps or seconds")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={settings.device!r}: torch finds no CUDA device here")
+    check_device(settings.device)
     check_count("log_steps", log_steps)
     check_count("workers", workers)
 
