@@ -17,9 +17,9 @@ import torch
 from sklearn.decomposition import PCA
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastlatent.data import load_data, split
+from fastlatent.data import load_data, split, spread
 from fastlatent.loader import Sampler
-from fastlatent.settings import Settings, build_model, build_optimizers, spread, start_from_pca
+from fastlatent.settings import Settings, build_model, build_optimizers, start_from_pca
 from fastlatent.trainer import train
 
 SECONDS = float(os.environ.get("FASTLATENT_BENCH_SECONDS", 600))

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastlatent._files import room, write_tensors
+from fastlatent._files import room, sha256, write_tensors
 from fastlatent.optim import SparseAdam
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -54,7 +54,10 @@ class Checkpoint:
             return
         with safe_open(self.folder / TENSORS, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+                yield name, self._tensor(file, name)
+
+    def _tensor(self, file: safe_open, name: str) -> Tensor:
+        return file.get_tensor(name)
 
 
 class Checkpoints:
@@ -257,11 +260,6 @@ def _group(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
 def _digest(content: dict[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _to_disk(place: Path) -> None:

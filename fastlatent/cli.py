@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from fastlatent._terminal import fail, resume_command, widths
+from fastlatent._terminal import (
+    Download,
+    Hidden,
+    ImageSize,
+    Lines,
+    Live,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+    widths,
+)
 from fastlatent.cli_infer import infer
 from fastlatent.cli_plan import plan
 from fastlatent.cli_sample import interpolate, sample
 from fastlatent.cli_train import train
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from fastlatent.comparison import Comparison, ModelResult, Progress
     from fastlatent.studies._run import Progress as StudyProgress
 
@@ -65,26 +74,15 @@ def compare(
             "folder of images."
         ),
     ] = "digits",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastlatent-compare"),
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 64,
     latent_dim: Annotated[int, typer.Option(help="Dimensions of a code.")] = 8,
     network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
-        ),
-    ] = None,
+    hidden: Hidden = None,
     lr: Annotated[float, typer.Option(help="Learning rate of decoder and encoder.")] = 1e-3,
     code_lr: Annotated[
         float, typer.Option(help="Learning rate of the auto-decoders' codes.")
@@ -129,7 +127,7 @@ def compare(
     and the finished jobs of the studies.
     """
     console = Console(quiet=quiet)
-    view: Lines | Live = Live(console) if sys.stdout.isatty() else Lines(console)
+    view: _Lines | _Live = _Live(console) if sys.stdout.isatty() else _Lines(console)
     try:
         from fastlatent.comparison import compare
 
@@ -197,16 +195,13 @@ class _Studies:
         return self.clock.left(step.run_done, step.run_total)
 
 
-class Lines(AbstractContextManager["Lines"]):
-    """Progress as plain lines: start, quarters and end of every model, tenths of the studies."""
+class _Lines(Lines):
+    """Start, quarters and end of every model, tenths of the studies."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.clock = _Clock()
         self.studies = _Studies()
-
-    def __exit__(self, *exception: object) -> None:
-        return None
 
     def __call__(self, step: Progress | StudyProgress) -> None:
         if hasattr(step, "study"):
@@ -215,61 +210,46 @@ class Lines(AbstractContextManager["Lines"]):
         left = self.clock.left(step.done, step.total)
         name = _name(step.model)
         if step.stage == "training" and step.epoch == 0:
-            self._print(f"{name}: training, {step.epochs} epochs")
+            self.print(f"{name}: training, {step.epochs} epochs")
         elif step.stage == "training":
             if step.epoch % max(1, step.epochs // 4) == 0:
                 remaining = "" if left is None else f", {_duration(left)} left"
-                self._print(
+                self.print(
                     f"{name}: epoch {step.epoch} of {step.epochs}, error {step.mse:.3g}{remaining}"
                 )
         elif step.stage == "inference":
-            self._print(f"{name}: encoding the held-out samples")
+            self.print(f"{name}: encoding the held-out samples")
         elif step.stage == "report":
-            self._print("drawing the report")
+            self.print("drawing the report")
         else:
-            self._print(f"{name}: {step.stage}, {_result(step.result)}")
+            self.print(f"{name}: {step.stage}, {_result(step.result)}")
 
     def _of_study(self, step: StudyProgress) -> None:
         left = self.studies(step)
         kept = ", kept" if step.kept else ""
         if step.done == step.total:
-            self._print(f"study {step.study}: all {step.total} jobs finished{kept}")
+            self.print(f"study {step.study}: all {step.total} jobs finished{kept}")
         total, done = step.run_total, step.run_done
         if not step.kept and 10 * done // total > 10 * (done - 1) // total:
             assert left is not None
-            self._print(f"studies: {done} of {total} jobs, {_duration(left)} left")
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.print(f"studies: {done} of {total} jobs, {_duration(left)} left")
 
 
-class Live(AbstractContextManager["Live"]):
-    """Progress as a bar over the whole job, with a line above it for every finished model."""
+class _Live(Live):
+    """A bar over the whole job, with a line above it for every finished model."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-        self.console = console
+        super().__init__(
+            console,
+            SpinnerColumn(),
+            "{task.description}",
+            BarColumn(bar_width=None),
+            "{task.percentage:>3.0f}%",
+            TextColumn("{task.fields[left]}", style="cyan"),
+        )
         self.clock = _Clock()
         self.studies = _Studies()
-        self.bar: Bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[left]}", style="cyan"),
-            console=console,
-            transient=True,
-            expand=True,
-        )
         self.task = self.bar.add_task("preparing", total=None, left="")
-
-    def __enter__(self) -> Live:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
 
     def __call__(self, step: Progress | StudyProgress) -> None:
         if hasattr(step, "study"):
@@ -358,20 +338,17 @@ def _duration(seconds: float) -> str:
 
 
 def _interrupted(context: typer.Context, out: Path, studies: _Studies) -> NoReturn:
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not (out / "run.json").exists():
-        errors.print("interrupted before anything was written")
-    else:
-        from fastlatent.comparison import finished_models
+        interrupted("interrupted before anything was written")
+    from fastlatent.comparison import finished_models
 
-        finished = finished_models(out)
-        kept = ", ".join(map(_name, finished)) or "none"
-        jobs = "".join(
-            f", {done} of {total} jobs of the study {name}"
-            for name, (done, total) in studies.jobs.items()
-        )
-        errors.print(
-            f"interrupted: {len(finished)} of 4 models are finished ({kept}){jobs} and kept"
-        )
-        errors.print(f"in {out}. To go on: {resume_command(context)}", markup=False)
-    raise typer.Exit(130)
+    finished = finished_models(out)
+    kept = ", ".join(map(_name, finished)) or "none"
+    jobs = "".join(
+        f", {done} of {total} jobs of the study {name}"
+        for name, (done, total) in studies.jobs.items()
+    )
+    interrupted(
+        f"interrupted: {len(finished)} of 4 models are finished ({kept}){jobs} and kept",
+        f"in {out}. To go on: {resume_command(context)}",
+    )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 
-from fastlatent._terminal import fail, resume_command
+from fastlatent._terminal import (
+    Device,
+    Download,
+    ImageSize,
+    Lines,
+    Live,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from fastlatent.encode import Progress
 
 _WORDS = {"reading": "reading the data", "fitting": "fitting codes", "report": "writing results"}
@@ -62,17 +70,11 @@ def infer(
     ] = False,
     chunk_size: Annotated[int, typer.Option(help="Samples fitted and stored together.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Threads to compute with.")] = 1,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted work in --out.")
     ] = False,
@@ -91,7 +93,7 @@ def infer(
     try:
         from fastlatent.encode import encode
 
-        with view.shown():
+        with view:
             summary = encode(
                 run,
                 data,
@@ -129,15 +131,12 @@ def infer(
         console.print(str(out / name), highlight=False, markup=False, soft_wrap=True)
 
 
-class _Lines:
-    """Progress as plain lines: each stage, and fitting in tenths."""
+class _Lines(Lines):
+    """Each stage, and fitting in tenths."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.stage, self.tenth = "", -1
-
-    def shown(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def __call__(self, step: Progress) -> None:
         tenth = 10 * step.done // step.total
@@ -145,29 +144,21 @@ class _Lines:
             return
         self.stage, self.tenth = step.stage, tenth
         done = f": {step.done} of {step.total} samples" if step.stage == "fitting" else ""
-        self.console.print(f"{_WORDS[step.stage]}{done}", highlight=False)
+        self.print(f"{_WORDS[step.stage]}{done}")
 
 
-class _Live:
-    """Progress as a bar."""
+class _Live(Live):
+    """A bar for each stage."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        self.bar: Bar = Progress(
-            TextColumn("{task.description}"),
+        super().__init__(
+            console,
+            "{task.description}",
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            Remaining(),
-            console=console,
-            transient=True,
-            expand=True,
+            TimeRemainingColumn(),
         )
-        self.tasks: dict[str, Any] = {}
-
-    def shown(self) -> AbstractContextManager[object]:
-        return self.bar
+        self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, step: Progress) -> None:
         if step.stage not in self.tasks:
@@ -178,13 +169,10 @@ class _Live:
 def _interrupted(context: typer.Context, out: Path) -> NoReturn:
     from fastlatent.encode import finished_samples
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     kept = finished_samples(out)
     if kept is None:
-        errors.print("interrupted before anything was written")
-    else:
-        errors.print(
-            f"interrupted: {kept[0]} of {kept[1]} samples are finished and kept", markup=False
-        )
-        errors.print(f"in {out}. To go on: {resume_command(context)}", markup=False)
-    raise typer.Exit(130)
+        interrupted("interrupted before anything was written")
+    interrupted(
+        f"interrupted: {kept[0]} of {kept[1]} samples are finished and kept",
+        f"in {out}. To go on: {resume_command(context)}",
+    )

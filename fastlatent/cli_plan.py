@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlatent._terminal import fail, widths
+from fastlatent._terminal import Device, Hidden, LinearPath, Mapped, fail, widths
 
 if TYPE_CHECKING:
     from fastlatent.memory import MemoryPlan
@@ -33,22 +33,13 @@ def plan(
         str, typer.Option(help="Bytes of data kept in memory; memory-mapped files take none.")
     ] = "0",
     network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
-        ),
-    ] = None,
-    linear_path: Annotated[
-        bool, typer.Option("--linear-path", help="Add a linear map to the mlp decoder.")
-    ] = False,
+    hidden: Hidden = None,
+    linear_path: LinearPath = False,
     pca: Annotated[
         bool, typer.Option("--pca", help="Start the codes at the data's principal components.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    mapped: Annotated[
-        bool, typer.Option("--mapped", help="Keep the table in files; it may exceed the memory.")
-    ] = False,
+    device: Device = "cpu",
+    mapped: Mapped = False,
     ranks: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
     out: Annotated[Path, typer.Option(help="A folder on the disk of the mapped files.")] = Path(),
 ) -> None:

@@ -9,20 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fastlatent._terminal import fail
+from fastlatent._terminal import Device, Download, ImageSize, Root, fail, interrupted
 
 Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a saved model.")]
-Root = Annotated[
-    Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-]
-Download = Annotated[
-    bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-]
-ImageSize = Annotated[
-    int | None, typer.Option(help="Side that the images of a folder are brought to.")
-]
 Seed = Annotated[int, typer.Option(help="Of all random numbers.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="Threads to compute with.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -150,8 +140,7 @@ def _report(work: Callable[[], list[str]], quiet: bool) -> None:
     try:
         lines = work()
     except KeyboardInterrupt:
-        Console(stderr=True, highlight=False).print("interrupted: nothing was written")
-        raise typer.Exit(130) from None
+        interrupted("interrupted: nothing was written")
     except (
         ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, IndexError
     ) as error:  # fmt: skip

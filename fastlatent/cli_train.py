@@ -6,18 +6,31 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, TimeElapsedColumn
 
-from fastlatent._terminal import fail, resume_command, widths
+from fastlatent._terminal import (
+    Device,
+    Download,
+    Hidden,
+    ImageSize,
+    LinearPath,
+    Lines,
+    Live,
+    Mapped,
+    Root,
+    fail,
+    interrupted,
+    resume_command,
+    widths,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from fastlatent.trainer import Alone, Progress
 
 # plain lines, where there is no terminal: the first of a run, and one every so many seconds
@@ -43,15 +56,8 @@ def train(
     ] = None,
     latent_dim: Annotated[int, typer.Option(help="Dimensions of a code.")] = 32,
     network: Annotated[str, typer.Option(help="mlp or conv.")] = "mlp",
-    hidden: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of an mlp's hidden layers, from code to sample.", show_default="128,128"
-        ),
-    ] = None,
-    linear_path: Annotated[
-        bool, typer.Option("--linear-path", help="Add a linear map to the mlp decoder.")
-    ] = False,
+    hidden: Hidden = None,
+    linear_path: LinearPath = False,
     pca: Annotated[
         bool, typer.Option("--pca", help="Start the codes at the principal components.")
     ] = False,
@@ -83,7 +89,7 @@ def train(
     threads: Annotated[int, typer.Option(help="Threads to compute with.")] = 1,
     workers: Annotated[int, typer.Option(help="Threads that read data.")] = 1,
     impl: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     log_steps: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 50,
     evaluate_seconds: Annotated[
         float, typer.Option(help="Training between evaluations on held-out samples.")
@@ -94,22 +100,14 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard logs too.")
     ] = False,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the torchvision sets.", show_default="data")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Download a missing torchvision set into --root.")
-    ] = False,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side that the images of a folder are brought to.")
-    ] = None,
+    root: Root = None,
+    download: Download = False,
+    image_size: ImageSize = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out.")
     ] = False,
-    mapped: Annotated[
-        bool, typer.Option("--mapped", help="Keep the table in files; it may exceed the memory.")
-    ] = False,
+    mapped: Mapped = False,
     timeout: Annotated[
         float, typer.Option(help="Seconds that a rank waits for another one (torchrun).")
     ] = 300.0,
@@ -158,7 +156,7 @@ def train(
             impl=impl,
             device=device,
         )
-        with view.shown(), _shown_warnings(), _ranks(device, timeout) as group:
+        with view, _shown_warnings(), _ranks(device, timeout) as group:
             summary = trainer.train(
                 data,
                 out,
@@ -201,43 +199,32 @@ def _ranks(device: str, timeout: float) -> Iterator[Alone | None]:
         yield distributed.Ranks()
 
 
-class _Lines:
-    """Progress as plain lines, one every ten seconds of training."""
+class _Lines(Lines):
+    """One every ten seconds of training."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.next = 0.0
-
-    def shown(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def __call__(self, at: Progress) -> None:
         if at.seconds < self.next and at.step != at.total:
             return
         self.next = at.seconds + _LINE_SECONDS
-        self.console.print(f"step {_steps(at)}, epoch {at.epoch:.2f}, {_figures(at)}")
+        self.print(f"step {_steps(at)}, epoch {at.epoch:.2f}, {_figures(at)}")
 
 
-class _Live:
-    """Progress as a bar; without an end that is known, it moves to and fro."""
+class _Live(Live):
+    """Without an end that is known, the bar moves to and fro."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn as Elapsed
-
-        self.bar: Bar = Progress(
-            TextColumn("step {task.description}"),
+        super().__init__(
+            console,
+            "step {task.description}",
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            Elapsed(),
-            console=console,
-            transient=True,
-            expand=True,
+            "{task.fields[figures]}",
+            TimeElapsedColumn(),
         )
         self.task = self.bar.add_task("0", total=None, figures="")
-
-    def shown(self) -> AbstractContextManager[object]:
-        return self.bar
 
     def __call__(self, at: Progress) -> None:
         self.bar.update(
@@ -297,11 +284,10 @@ def _interrupted(context: typer.Context, out: Path) -> NoReturn:
     from fastlatent.checkpoint import Checkpoints
     from fastlatent.trainer import CHECKPOINTS
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     steps = Checkpoints(out / CHECKPOINTS).steps()
-    if steps:
-        errors.print(f"interrupted: the checkpoint of step {steps[-1]} is in {out}.", markup=False)
-        errors.print(f"To go on: {resume_command(context)}", markup=False)
-    else:
-        errors.print("interrupted before the first checkpoint")
-    raise typer.Exit(130)
+    if not steps:
+        interrupted("interrupted before the first checkpoint")
+    interrupted(
+        f"interrupted: the checkpoint of step {steps[-1]} is in {out}.",
+        f"To go on: {resume_command(context)}",
+    )

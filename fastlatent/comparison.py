@@ -7,14 +7,11 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +23,10 @@ from torch import Tensor, nn
 
 from fastlatent import report
 from fastlatent._build import build_models
+from fastlatent._checks import check_count
 from fastlatent._files import write
-from fastlatent.data import LatentData, batches, load_data, split
+from fastlatent._runs import check_same, to_json, use_threads, versions
+from fastlatent.data import LatentData, batches, load_data, split, spread
 from fastlatent.figures import MODELS
 from fastlatent.inference import Fit
 from fastlatent.models import (
@@ -167,7 +166,7 @@ class Comparison:
         for name, content in files.items():
             write(folder / "figures" / name, content)
         write(folder / "report.html", page.encode())
-        write(folder / "comparison.json", _json(self.to_json()))
+        write(folder / "comparison.json", to_json(self.to_json()))
 
 
 Stage = Literal["kept", "training", "inference", "finished", "report"]
@@ -279,18 +278,17 @@ def compare(
         raise ValueError("resume and overwrite exclude each other: set one of them")
     if out is None and (resume or overwrite):
         raise ValueError(f"{'resume' if resume else 'overwrite'} needs out, the folder")
-    _check_numbers(
-        {
-            "epochs": (epochs, 1),
-            "batch_size": (batch_size, 1),
-            "seed": (seed, 0),
-            "threads": (threads, 1),
-            "study_seeds": (study_seeds, 2),
-            "study_samples": (study_samples, 20),
-            "workers": (1 if workers is None else workers, 1),
-        },
-        {"lr": lr, "code_lr": code_lr},
-    )
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
+    check_count("study_seeds", study_seeds, 2)
+    check_count("study_samples", study_samples, 20)
+    if workers is not None:
+        check_count("workers", workers)
+    for name, rate in (("lr", lr), ("code_lr", code_lr)):
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0; got {rate!r}")
     wanted = chosen(studies)
     if wanted and (decoder is not None or encoder is not None):
         raise ValueError(
@@ -334,13 +332,13 @@ def compare(
     run = {
         "data": _describe_data(samples, train, test),
         "settings": settings,
-        "versions": _versions(),
+        "versions": versions("scikit-learn"),
     }
     folder = None if out is None else Path(out)
     results = {} if folder is None else _open(folder, run, resume=resume, overwrite=overwrite)
 
     steps = _Steps(epochs, len(models) - len(results), folder is not None, on_progress)
-    with _threads(threads):
+    with use_threads(threads):
         for key, model in models.items():
             if key in results:
                 steps.tell(key, "kept", epochs, result=results[key])
@@ -371,8 +369,8 @@ def compare(
     comparison = Comparison(
         **run,
         models={key: results[key] for key in models},
-        originals=test.batch(_spread(len(test), SHOWN)).numpy(),
-        labels=None if train.labels is None else train.labels[_spread(len(train), MAPPED)].numpy(),
+        originals=test.batch(spread(len(test), SHOWN)).numpy(),
+        labels=None if train.labels is None else train.labels[spread(len(train), MAPPED)].numpy(),
     )
     if built:
         study_settings = StudySettings(
@@ -402,16 +400,6 @@ def compare(
 def finished_models(out: str | os.PathLike[str]) -> list[str]:
     """The models whose results the folder `out` holds, in the order of training."""
     return [key for key in MODELS if _model_file(Path(out), key, "json").exists()]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Steps:
@@ -480,10 +468,10 @@ def _measure(
     all_codes = torch.cat(codes)
     if isinstance(model, AutoEncoder):
         model.fit_sampler(all_codes)
-    mapped = _spread(len(train), MAPPED)
+    mapped = spread(len(train), MAPPED)
     map_codes = all_codes[mapped.to(model.device)].float().cpu().numpy()
 
-    shown = _spread(len(test), SHOWN).to(model.device)
+    shown = spread(len(test), SHOWN).to(model.device)
     x = test.tensor().to(model.device)
     values = len(train) * math.prod(train.sample_shape), x.numel()
     decoded, seconds = _encode_unseen(model, x)
@@ -579,12 +567,6 @@ def _agreement(codes: np.ndarray, labels: np.ndarray | None) -> float | None:
     return float((labels[nearest] == labels).mean())
 
 
-def _spread(length: int, count: int) -> Tensor:
-    """Rows at equal distances: data sorted by class would show one class in their first rows."""
-    count = min(length, count)
-    return torch.arange(count) * length // count
-
-
 def _describe_network(module: nn.Module) -> dict[str, Any]:
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
@@ -598,7 +580,7 @@ def _describe_network(module: nn.Module) -> dict[str, Any]:
 
 
 def _describe_data(samples: LatentData, train: LatentData, test: LatentData) -> dict[str, Any]:
-    rows = _spread(len(samples), 4_096)
+    rows = spread(len(samples), 4_096)
     digest = hashlib.sha256(samples.batch(rows).numpy().tobytes())
     if samples.labels is not None:
         digest.update(samples.labels.numpy().tobytes())
@@ -614,15 +596,6 @@ def _describe_data(samples: LatentData, train: LatentData, test: LatentData) -> 
     }
 
 
-def _versions() -> dict[str, str]:
-    packages = ("fastlatent", "torch", "numpy", "numba", "scikit-learn")
-    return {
-        **{package: metadata.version(package) for package in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
 def _open(
     folder: Path, run: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> dict[str, ModelResult]:
@@ -634,7 +607,7 @@ def _open(
     if resume and not written.exists():
         raise FileNotFoundError(f"there is no comparison to resume in {str(folder)!r}")
     if resume:
-        _check_same(written, run)
+        check_same(written, run)
     elif not overwrite and (written.exists() or (folder / "comparison.json").exists()):
         raise FileExistsError(
             f"out={str(folder)!r} holds a comparison ({len(finished)} of {len(MODELS)} models "
@@ -644,7 +617,7 @@ def _open(
     try:
         for needed in (folder / "models", folder / "figures"):
             needed.mkdir(parents=True, exist_ok=True)
-        write(ready, _json(run))
+        write(ready, to_json(run))
     except OSError as error:
         reason = f"out={str(folder)!r} cannot be written: {error.strerror}"
         raise type(error)(error.errno, reason, error.filename) from error
@@ -661,33 +634,6 @@ def _open(
     return kept
 
 
-def _check_same(written: Path, run: dict[str, Any]) -> None:
-    try:
-        before = _flat(json.loads(written.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{written} is damaged ({error}): start again with overwrite") from error
-    now = _flat(json.loads(_json(run)))
-    differing = [
-        f"{key} is {now.get(key)!r}, there {before.get(key)!r}"
-        for key in dict.fromkeys([*before, *now])
-        if now.get(key) != before.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"cannot resume {str(written.parent)!r} with other settings: {'; '.join(differing)}"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _keep(
     folder: Path, key: str, result: ModelResult, model: LatentModel, train: LatentData
 ) -> None:
@@ -698,7 +644,7 @@ def _keep(
         for name, value in result.pictures.items()
     }
     write(_model_file(folder, key, "safetensors"), safetensors.save(pictures))
-    write(_model_file(folder, key, "json"), _json(result.to_json()))
+    write(_model_file(folder, key, "json"), to_json(result.to_json()))
 
 
 def _kept(folder: Path, key: str) -> ModelResult:
@@ -720,16 +666,3 @@ def _kept(folder: Path, key: str) -> ModelResult:
 
 def _model_file(folder: Path, key: str, suffix: str) -> Path:
     return folder / "models" / f"{key}.{suffix}"
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _check_numbers(counts: dict[str, tuple[int, int]], rates: dict[str, float]) -> None:
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-    for name, rate in rates.items():
-        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0; got {rate!r}")

@@ -191,6 +191,7 @@ def load_data(
     image_size: int | tuple[int, int] | None = None,
     channels: Literal[1, 3] | None = None,
     labels: Any = None,
+    allow_nan: bool = False,
 ) -> LatentData:
     """Load a data set by name, from a file, from an image folder or from an array.
 
@@ -235,15 +236,18 @@ def load_data(
         channels: 1 (grey) or 3 (RGB) for images of a folder or of CelebA; by default RGB if any
             image has a colour mode. For other sources it must be what they have.
         labels: int64 ``[N]`` (any integer or bool array) in place of the labels of the source.
+        allow_nan: NaN in an array, a tensor or a .npy file is a value that was not observed. It is
+            served as it is and does not count in ``value_range``, which is (0, 0) where nothing was
+            observed.
 
     Raises:
         FileNotFoundError: the path does not exist, or files of a torchvision set are missing: the
             message lists them.
         ImportError: a torchvision set without torchvision.
         TypeError: a source or dtype that cannot be samples (object, text, complex, dates).
-        ValueError: an unknown name, no samples, NaN or infinity, a folder or file that is not a
-            data set, a file that cannot be read, images of different sizes without ``image_size``,
-            and arguments out of range.
+        ValueError: an unknown name, no samples, infinity or (without allow_nan) NaN, a folder or
+            file that is not a data set, a file that cannot be read, images of different sizes
+            without ``image_size``, and arguments out of range.
         ConnectionError: a download that failed.
     """
     size = _checked_size(image_size)
@@ -263,9 +267,10 @@ def load_data(
     elif name is not None:
         data = _load_torchvision(name, Path(root or "data"), download, part, size, channels)
     elif isinstance(source, str | os.PathLike):
-        data = _load_path(source, size, channels, own_labels=labels is None)
+        data = _load_path(source, size, channels, own_labels=labels is None, allow_nan=allow_nan)
     elif isinstance(source, np.ndarray | Tensor):
-        data = LatentData(_ArraySamples(_as_array(source), "the array"), name="array")
+        samples = _ArraySamples(_as_array(source), "the array", allow_nan)
+        data = LatentData(samples, name="array")
     elif isinstance(source, LatentData):
         data = source
     else:
@@ -349,6 +354,15 @@ def _divided(data: LatentData, test: Tensor) -> tuple[LatentData, LatentData]:
     return data._without(test, f"{data.name}/train"), data.subset(test, f"{data.name}/test")
 
 
+def spread(length: int, count: int) -> Tensor:
+    """Rows of data of this length at equal distances, ``count`` at most, int64.
+
+    Data sorted by class would show one class in their first rows.
+    """
+    count = min(length, count)
+    return torch.arange(count) * length // count
+
+
 def batches(
     data: LatentData,
     batch_size: int,
@@ -406,7 +420,7 @@ class _MappedView(NamedTuple):
 class _ArraySamples:
     """Samples in a numpy array, in memory or memory-mapped; converted when they are read."""
 
-    def __init__(self, array: np.ndarray, source: str) -> None:
+    def __init__(self, array: np.ndarray, source: str, allow_nan: bool = False) -> None:
         if array.dtype.kind not in "biuf":
             raise TypeError(
                 f"{source} has dtype {array.dtype}: samples must be floats, integers or bools"
@@ -427,7 +441,7 @@ class _ArraySamples:
             shape = (shape[2], *shape[:2])
         self.shape: tuple[int, ...] = (1, *shape) if len(shape) == 2 else shape
         bounded = array.dtype in (np.uint8, np.bool_)
-        self.value_range = (0.0, 1.0) if bounded else self._measured_range(source)
+        self.value_range = (0.0, 1.0) if bounded else self._measured_range(source, allow_nan)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -454,23 +468,30 @@ class _ArraySamples:
             x /= np.float32(255)
         return x
 
-    def _measured_range(self, source: str) -> tuple[float, float]:
-        """(min, max) of all values as float32, found in pieces; ValueError at NaN or infinity."""
+    def _measured_range(self, source: str, allow_nan: bool) -> tuple[float, float]:
+        """(min, max) of all values as float32, found in pieces; ValueError at NaN or infinity.
+
+        With ``allow_nan`` of all values but NaN, (0, 0) if there are none.
+        """
         low, high = np.inf, -np.inf
         rows = max(1, _SCAN_BYTES // (4 * self._array[0].size))
         for start in range(0, len(self), rows):
             with np.errstate(over="ignore"):
                 x = self._converted(self._array[start : start + rows])
             if not (np.isfinite(x.min()) and np.isfinite(x.max())):
-                finite = np.isfinite(x).reshape(len(x), -1)
-                row = int(np.argmin(finite.all(axis=1)))
-                value = x[row].reshape(-1)[~finite[row]][0]
-                raise ValueError(
-                    f"{source}: sample {start + row} holds {value} as float32 (the first that "
-                    "is not finite): remove or repair such samples"
-                )
-            low, high = min(low, float(x.min())), max(high, float(x.max()))
-        return low, high
+                legal = np.isfinite(x) | (allow_nan & np.isnan(x))
+                if not legal.all():
+                    legal = legal.reshape(len(x), -1)
+                    row = int(np.argmin(legal.all(axis=1)))
+                    value = x[row].reshape(-1)[~legal[row]][0]
+                    raise ValueError(
+                        f"{source}: sample {start + row} holds {value} as float32 (the first that "
+                        "is not finite): remove or repair such samples"
+                    )
+                x = x[~np.isnan(x)]
+            if x.size:
+                low, high = min(low, float(x.min())), max(high, float(x.max()))
+        return (low, high) if low <= high else (0.0, 0.0)
 
 
 class _ImageSamples:
@@ -547,6 +568,7 @@ def _load_path(
     size: tuple[int, int] | None,
     channels: int | None,
     own_labels: bool,
+    allow_nan: bool,
 ) -> LatentData:
     path = Path(source).expanduser()
     bare = isinstance(source, str) and not any(c in source for c in "./\\~")
@@ -563,15 +585,19 @@ def _load_path(
         raise ValueError(
             f"{path} is not a data set: expected a .npy or .npz file or a folder of images"
         )
-    return _load_numpy(path, own_labels)
-
-
-def _load_numpy(path: Path, own_labels: bool) -> LatentData:
-    kind = "an array of numbers"
     if path.suffix.lower() == ".npy":
-        with _reading(path, kind):
-            mapped = np.lib.format.open_memmap(path, mode="r")
-        return LatentData(_ArraySamples(mapped, str(path)), name=path.stem)
+        return LatentData(_ArraySamples(open_npy(path), str(path), allow_nan), name=path.stem)
+    return _load_npz(path, own_labels)
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped and read-only; ValueError if the file is damaged."""
+    with _reading(path, "an array"):
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+def _load_npz(path: Path, own_labels: bool) -> LatentData:
+    kind = "an array"
     with open(path, "rb") as file:
         with _reading(path, kind):
             archive = np.load(file, allow_pickle=False)

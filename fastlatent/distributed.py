@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlatent.checkpoint import TENSORS, Checkpoint, Checkpoints, sha256
+from fastlatent._files import sha256
+from fastlatent.checkpoint import Checkpoint, Checkpoints
 from fastlatent.group import Alone
 from fastlatent.memory import size
 from fastlatent.models import LatentModel, Losses
@@ -329,19 +330,12 @@ class ShardedCheckpoints(Checkpoints):
 class ShardedCheckpoint(Checkpoint):
     """A checkpoint, of whose partitioned tensors a rank reads its own rows."""
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        rank, world = _place()
-        if not (self.folder / TENSORS).exists():
-            yield from stored(self.folder)
-            return
-        with safe_open(self.folder / TENSORS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if _PARTITIONED.fullmatch(name):
-                    part = file.get_slice(name)
-                    rows = partition(part.get_shape()[0], rank, world)
-                    yield name, part[rows.start : rows.stop]
-                else:
-                    yield name, file.get_tensor(name)
+    def _tensor(self, file: safe_open, name: str) -> Tensor:
+        if not _PARTITIONED.fullmatch(name):
+            return super()._tensor(file, name)
+        part = file.get_slice(name)
+        rows = partition(part.get_shape()[0], *_place())
+        return part[rows.start : rows.stop]
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -> dict[str, str]:

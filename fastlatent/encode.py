@@ -6,19 +6,16 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import os
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from markupsafe import Markup
@@ -27,10 +24,13 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from fastlatent import _files, figures
+from fastlatent._checks import check_count, check_device
+from fastlatent._runs import check_same, check_samples, read_record, to_json, use_threads
 from fastlatent._solvers import REASONS
-from fastlatent.data import LatentData, _ArraySamples, _as_array, _reading, load_data
+from fastlatent.data import LatentData, load_data, open_npy, spread
 from fastlatent.inference import Fit
 from fastlatent.models import AutoDecoder, LatentModel, VariationalAutoDecoder
+from fastlatent.report import fill
 from fastlatent.storage import load_model, read_config
 
 SHOWN = 10
@@ -122,18 +122,16 @@ def encode(
 
     Errors of arguments, model or data come before anything is written.
     """
-    _check_numbers(chunk_size=(chunk_size, 1), seed=(seed, 0), threads=(threads, 1))
+    check_count("chunk_size", chunk_size)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: set one of them")
     folder = Path(out).expanduser()
     _check_out(folder, resume=resume, overwrite=overwrite)
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device))
-    samples = _load(data, root=root, download=download, image_size=image_size)
-    if tuple(samples.sample_shape) != model.sample_shape:
-        raise ValueError(
-            f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
-            f"{str(run)!r} makes {model.sample_shape}"
-        )
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device))
+    samples = load_data(data, root=root, download=download, image_size=image_size, allow_nan=True)
+    check_samples(samples, model, run)
     tell = on_progress or (lambda progress: None)
     source = _Source(samples, _load_mask(mask, samples), chunk_size)
     described = source.describe(lambda done: tell(Progress("reading", done, len(samples))))
@@ -150,14 +148,14 @@ def encode(
         "versions": {name: metadata.version(name) for name in ("fastlatent", "torch")},
     }  # fmt: skip
     if resume:
-        _check_same(folder, record)
+        check_same(folder / "run.json", record)
         if (folder / "summary.json").exists():
             shutil.rmtree(folder / "chunks", ignore_errors=True)
-            return _read_json(folder / "summary.json")
+            return read_record(folder / "summary.json")
     options = _options(model, refine, given)
 
     done = 0
-    with _threads(threads):
+    with use_threads(threads):
         for number in range(source.chunks):
             file = _chunk_file(folder, number)
             x, observed = source.chunk(number)
@@ -180,31 +178,13 @@ def finished_samples(out: str | os.PathLike[str]) -> tuple[int, int] | None:
     folder = Path(out).expanduser()
     if not (folder / "run.json").exists():
         return None
-    record = _read_json(folder / "run.json")
+    record = read_record(folder / "run.json")
     total, size = record["data"]["samples"], record["settings"]["chunk_size"]
     if (folder / "summary.json").exists():
         return total, total
     numbers = range(-(-total // size))
     there = [number for number in numbers if _chunk_file(folder, number).exists()]
     return sum(min(size, total - number * size) for number in there), total
-
-
-class _Incomplete(_ArraySamples):
-    """Samples in an array in which NaN stands for what was not observed."""
-
-    def _measured_range(self, source: str) -> tuple[float, float]:
-        low, high = np.inf, -np.inf
-        for start in range(0, len(self), 1024):
-            x = self._converted(self._array[start : start + 1024])
-            infinite = np.isinf(x).reshape(len(x), -1).any(1)
-            if infinite.any():
-                raise ValueError(
-                    f"{source}: sample {start + int(infinite.argmax())} holds infinite values"
-                )
-            seen = x[~np.isnan(x)]
-            if seen.size:
-                low, high = min(low, float(seen.min())), max(high, float(seen.max()))
-        return (low, high) if low <= high else (0.0, 0.0)
 
 
 class _Source:
@@ -259,23 +239,6 @@ class _Source:
         }
 
 
-def _load(data: Any, **options: Any) -> LatentData:
-    if isinstance(data, str | os.PathLike) and Path(data).suffix.lower() == ".npy":
-        path = Path(data).expanduser()
-        if not path.exists():
-            return load_data(data, **options)
-        with _reading(path, "an array of numbers"):
-            array = np.lib.format.open_memmap(path, mode="r")
-        name = path.stem
-    elif isinstance(data, np.ndarray | Tensor):
-        array, name = _as_array(data), "array"
-    else:
-        return load_data(data, **options)
-    if array.dtype.kind != "f":
-        return load_data(data, **options)
-    return load_data(LatentData(_Incomplete(array, str(name)), name=name), **options)
-
-
 def _load_mask(mask: Any, samples: LatentData) -> LatentData | None:
     """The mask as samples of 0 and 1, laid out by the same rules as the data."""
     if mask is None:
@@ -288,8 +251,7 @@ def _load_mask(mask: Any, samples: LatentData) -> LatentData | None:
             raise FileNotFoundError(f"{name} does not exist")
         if path.suffix.lower() != ".npy":
             raise ValueError(f"{name} must be a .npy file of bool values")
-        with _reading(path, "an array of bool"):
-            mask = np.lib.format.open_memmap(path, mode="r")
+        mask = open_npy(path)
     if not isinstance(mask, np.ndarray | Tensor):
         raise TypeError(f"mask must be an array or a .npy file; got {type(mask).__name__}")
     if mask.dtype not in (np.dtype(bool), torch.bool):
@@ -411,11 +373,11 @@ def _finish(folder: Path, record: dict[str, Any], source: _Source) -> dict[str, 
         )
     )  # fmt: skip
     _files.write(folder / "status.csv", table.getvalue().encode())
-    shown = torch.arange(min(count, SHOWN)) * count // min(count, SHOWN)
+    shown = spread(count, SHOWN)
     decoded = np.load(folder / "reconstructions.npy", mmap_mode="r")[shown.numpy()]
     page = _report(summary, *source.rows(shown), decoded, finite.numpy())
     _files.write(folder / "report.html", page.encode())
-    _files.write(folder / "summary.json", _json(summary))
+    _files.write(folder / "summary.json", to_json(summary))
     shutil.rmtree(folder / "chunks", ignore_errors=True)
     return summary
 
@@ -456,14 +418,8 @@ def _report(
     losses: np.ndarray,
 ) -> str:
     results = summary["results"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("infer.html").render(
+    return fill(
+        "infer.html",
         summary=summary,
         results=results,
         inks=figures.INKS,
@@ -540,44 +496,7 @@ def _prepare(folder: Path, record: dict[str, Any]) -> None:
     for name in OUTPUTS:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "chunks", ignore_errors=True)
-    _files.write(folder / "run.json", _json(record))
-
-
-def _check_same(folder: Path, record: dict[str, Any]) -> None:
-    try:
-        before = _flat(_read_json(folder / "run.json"))
-    except AttributeError as error:
-        raise ValueError(f"{str(folder / 'run.json')!r} is damaged: use overwrite") from error
-    now = _flat(json.loads(_json(record)))
-    differing = [
-        f"{key} is {now.get(key)!r}, there {before.get(key)!r}"
-        for key in dict.fromkeys([*before, *now])
-        if now.get(key) != before.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"cannot resume {str(folder)!r} with other settings or data: {'; '.join(differing)}"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}): use overwrite") from error
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    _files.write(folder / "run.json", to_json(record))
 
 
 def _chunk_file(folder: Path, number: int) -> Path:
@@ -587,29 +506,3 @@ def _chunk_file(folder: Path, number: int) -> Path:
 def _ratio(error: float, count: float) -> float | None:
     ratio = error / count if count else None
     return ratio if ratio is not None and np.isfinite(ratio) else None
-
-
-def _device(device: str) -> torch.device:
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be such as 'cpu' or 'cuda'; got {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch finds no CUDA device here")
-    return found
-
-
-def _check_numbers(**numbers: tuple[int, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

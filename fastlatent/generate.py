@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastlatent import figures, samplers
-from fastlatent.data import LatentData, load_data
-from fastlatent.encode import _check_numbers, _device, _load, _threads
+from fastlatent._checks import check_choice, check_count, check_device
+from fastlatent._files import replacing_folder
+from fastlatent._runs import check_samples, to_json, use_threads
+from fastlatent.data import LatentData, load_data, open_npy
 from fastlatent.models import AutoEncoder, LatentModel
 from fastlatent.priors import CodePrior, Gaussian
-from fastlatent.storage import _move, load_model, read_config
+from fastlatent.storage import load_model, read_config
 
 MODES = ("linear", "slerp")
 SHOWN = 100
@@ -88,28 +85,19 @@ def generate(
 
     After an error nothing is written.
     """
-    _check_numbers(number=(number, 1), seed=(seed, 0), threads=(threads, 1))
+    check_count("number", number)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     folder = _checked_out(out, overwrite)
-    if sampler is not None and sampler not in samplers.SAMPLERS:
-        known = ", ".join(samplers.SAMPLERS)
-        raise ValueError(f"sampler must be one of {known}; got {sampler!r}")
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
+    if sampler is not None:
+        check_choice("sampler", sampler, samplers.SAMPLERS)
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
-    with _threads(threads):
+    with use_threads(threads):
         generator = torch.Generator(model.device).manual_seed(seed)
         described, drawn = _sampler(run, model, sampler, data, options, generator)
         codes = drawn.draw(number, generator)
-        summary = {
-            "model": _model(run, model),
-            "sampler": described,
-            "samples": number,
-            "image": _image(run, model, codes),
-            "seed": seed,
-            "versions": _versions(),
-        }
-        with _replacing(folder) as new:
-            _write(new, model, codes, summary, "grid.png")
-    return summary
+        return _write(folder, run, model, codes, seed, "grid.png", sampler=described)
 
 
 def interpolate(
@@ -161,35 +149,25 @@ def interpolate(
 
     After an error nothing is written.
     """
-    _check_numbers(steps=(steps, 2), seed=(seed, 0), threads=(threads, 1))
+    check_count("steps", steps, 2)
+    check_count("seed", seed, 0)
+    check_count("threads", threads)
     if steps > MOST_STEPS:
         raise ValueError(f"steps must be at most {MOST_STEPS}; got {steps}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    check_choice("mode", mode, MODES)
     folder = _checked_out(out, overwrite)
-    model = load_model(run, decoder=decoder, encoder=encoder).to(_device(device)).eval()
+    model = load_model(run, decoder=decoder, encoder=encoder).to(check_device(device)).eval()
     options = {"root": root, "download": download, "image_size": image_size}
     samples = None
     if data is not None:
-        samples = _fitting(_load(data, **options), run, model)
-    with _threads(threads):
+        samples = load_data(data, **options, allow_nan=True)
+        check_samples(samples, model, run)
+    with use_threads(threads):
         ends = [
             _end(name, str(end), run, model, samples, seed) for name, end in (("a", a), ("b", b))
         ]
         codes = _way(ends[0], ends[1], steps, mode, model)
-        summary = {
-            "model": _model(run, model),
-            "a": str(a),
-            "b": str(b),
-            "mode": mode,
-            "samples": steps,
-            "image": _image(run, model, codes),
-            "seed": seed,
-            "versions": _versions(),
-        }
-        with _replacing(folder) as new:
-            _write(new, model, codes, summary, "strip.png")
-    return summary
+        return _write(folder, run, model, codes, seed, "strip.png", a=str(a), b=str(b), mode=mode)
 
 
 def _sampler(
@@ -220,7 +198,10 @@ def _sampler(
             f"the sampler {name!r} is fitted to the codes of the training samples, which the "
             f"{kind} in {where} does not hold: give the training data (--data)"
         )
-    samples = None if table else _fitting(load_data(data, **options), run, model)
+    samples = None
+    if not table:
+        samples = load_data(data, **options)
+        check_samples(samples, model, run)
     codes = samplers.training_codes(model, samples, generator=generator)
     fitted = samplers.fit(name, model, codes, generator)
     described = {
@@ -291,16 +272,16 @@ def _sample(
     if not path.exists():
         raise FileNotFoundError(f"{name}: {str(path)!r} does not exist")
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{name}: {str(path)!r} cannot be read as an array: {error}") from error
+        array = open_npy(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
     # a file may hold the sample alone, without an axis of samples
     shapes = [array[None], array] if row is None else [array]
     found = [
         samples
         for candidate in shapes
         if 0 not in candidate.shape and candidate.ndim > 1
-        for samples in (_load(candidate),)
+        for samples in (load_data(candidate, allow_nan=True),)
         if tuple(samples.sample_shape) == model.sample_shape
     ]
     if not found:
@@ -353,23 +334,6 @@ def _centre(model: LatentModel) -> Tensor:
     return samplers.widened(model.codes.mean(0))
 
 
-def _fitting(samples: LatentData, run: Any, model: LatentModel) -> LatentData:
-    if tuple(samples.sample_shape) != model.sample_shape:
-        raise ValueError(
-            f"samples of {samples.name} have shape {tuple(samples.sample_shape)}, but the model in "
-            f"{str(run)!r} makes {model.sample_shape}"
-        )
-    return samples
-
-
-def _model(run: str | os.PathLike[str], model: LatentModel) -> dict[str, str]:
-    return {"class": type(model).__name__, "sha256": read_config(run)["sha256"]}
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("fastlatent", "torch")}
-
-
 def _image(run: str | os.PathLike[str], model: LatentModel, codes: Tensor) -> bool:
     described = read_config(run)["data"]
     if described is not None:
@@ -382,9 +346,33 @@ def _image(run: str | os.PathLike[str], model: LatentModel, codes: Tensor) -> bo
 
 
 def _write(
-    folder: Path, model: LatentModel, codes: Tensor, summary: dict[str, Any], picture: str
+    folder: Path,
+    run: str | os.PathLike[str],
+    model: LatentModel,
+    codes: Tensor,
+    seed: int,
+    picture: str,
+    **origin: Any,
+) -> dict[str, Any]:
+    """Everything that `out` holds afterwards; the content of summary.json, `origin` in it."""
+    summary = {
+        "model": {"class": type(model).__name__, "sha256": read_config(run)["sha256"]},
+        **origin,
+        "samples": len(codes),
+        "image": _image(run, model, codes),
+        "seed": seed,
+        "versions": {name: metadata.version(name) for name in ("fastlatent", "torch")},
+    }
+    with replacing_folder(folder) as new:
+        _write_samples(new, model, codes, summary["image"], picture)
+        (new / "summary.json").write_bytes(to_json(summary))
+    return summary
+
+
+def _write_samples(
+    folder: Path, model: LatentModel, codes: Tensor, image: bool, picture: str
 ) -> None:
-    image, shown = summary["image"], SHOWN if picture == "grid.png" else MOST_STEPS
+    shown = SHOWN if picture == "grid.png" else MOST_STEPS
     np.save(folder / "codes.npy", codes.cpu().numpy())
     if image:
         (folder / "images").mkdir()
@@ -405,8 +393,6 @@ def _write(
     cells = _cells(np.stack(first), image)
     columns = len(cells) if picture == "strip.png" else math.ceil(math.sqrt(len(cells)))
     (folder / picture).write_bytes(figures.png(_tiled(cells, columns)))
-    text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
 
 
 def _pixels(samples: np.ndarray) -> np.ndarray:
@@ -453,20 +439,3 @@ def _checked_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
             f"out={str(out)!r} holds results: overwrite (--overwrite) replaces them"
         )
     return folder
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the other one's place if the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        # mkdtemp's directory is for its owner only
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)
-        yield new
-        _move(new, folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise

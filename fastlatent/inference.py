@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fastlatent import _engine, _solvers, _starts
+from fastlatent._checks import check_choice, check_count
 from fastlatent._engine import Plan
 from fastlatent._solvers import REASONS, Problem, Settings
 from fastlatent.functional import new_seed
@@ -500,9 +501,8 @@ def _check_options(
     chunk_size: int | None,
     max_memory: int,
 ) -> None:
-    for name, value, legal in (("method", method, METHODS), ("jacobian", jacobian, JACOBIANS)):
-        if value not in legal:
-            raise ValueError(f"{name} must be one of {', '.join(legal)}; got {value!r}")
+    check_choice("method", method, METHODS)
+    check_choice("jacobian", jacobian, JACOBIANS)
     numbers = {
         "restarts": (restarts, 1),
         "prune": (prune, 1),
@@ -512,10 +512,8 @@ def _check_options(
         "max_memory": (max_memory, 1),
     }
     for name, (value, least) in numbers.items():
-        optional = name in ("prune", "steps", "chunk_size")
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and value >= least) and not (optional and value is None):
-            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+        if value is not None or name not in ("prune", "steps", "chunk_size"):
+            check_count(name, value, least)
     if lr is not None and not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be positive and finite; got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlatent import _files
+from fastlatent._checks import check_choice
 from fastlatent.memory import Machine
 from fastlatent.optim import SparseAdam
 from fastlatent.tables import LatentTable, _optimizers
@@ -65,8 +66,7 @@ def create(
         new file then.
     """
     path = Path(path).expanduser()
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
+    check_choice("dtype", dtype, _DTYPES)
     if math.prod(shape) < 1:
         raise ValueError(f"a file needs at least one value; got shape {list(shape)}")
     if path.exists() and not overwrite:
@@ -248,8 +248,7 @@ def flush(directory: str | os.PathLike[str]) -> None:
 
 
 def _check(table: LatentTable, mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
+    check_choice("mode", mode, MODES)
     if table.weight.device.type != "cpu":
         raise ValueError(f"mapped tables are for the CPU; the table is on {table.weight.device}")
     table._check_idle()

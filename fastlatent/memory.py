@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlatent._checks import check_choice, check_count
+
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -273,12 +275,9 @@ def size(count: float) -> str:
 
 def _check(settings: dict[str, Any]) -> None:
     for name in ("samples", "dim", "batch_size", "ranks"):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        check_count(name, settings[name])
     for name, legal in (("model", MODELS), ("dtype", DTYPES), ("moments", MOMENT_DTYPES)):
-        if settings[name] not in legal:
-            raise ValueError(f"{name} must be one of {', '.join(legal)}; got {settings[name]!r}")
+        check_choice(name, settings[name], legal)
     shape = settings["data_shape"]
     if shape is not None and (not shape or any(not isinstance(n, int) or n < 1 for n in shape)):
         raise ValueError(f"data_shape must be sizes of at least 1, such as 3,8,8; got {shape!r}")

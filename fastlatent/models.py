@@ -29,6 +29,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from fastlatent._checks import check_choice, check_count
 from fastlatent.data import LatentData
 from fastlatent.functional import prior_tensor, reparameterize_kl
 from fastlatent.inference import Fit, infer
@@ -78,7 +79,7 @@ class LatentModel(nn.Module):
 
     def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = _at_least_one("latent_dim", latent_dim)
+        self.latent_dim = check_count("latent_dim", latent_dim)
         self.sample_shape = _tried("decoder", decoder, (latent_dim,))
         self.decoder = decoder
 
@@ -132,7 +133,7 @@ class LatentModel(nn.Module):
 
         No gradient, eval mode. `fastlatent.samplers` has other samplers.
         """
-        _at_least_one("n", n)
+        check_count("n", n)
         with _evaluating(self):
             return _decoded(self.decoder, self.sampler().draw(n, generator))
 
@@ -368,7 +369,7 @@ class _TableModel(LatentModel):
 
     def __init__(self, decoder: nn.Module, num_samples: int, latent_dim: int) -> None:
         super().__init__(decoder, latent_dim)
-        _at_least_one("num_samples", num_samples)
+        check_count("num_samples", num_samples)
 
     @property
     def num_samples(self) -> int:
@@ -606,7 +607,7 @@ class AutoDecoder(_TableModel):
         code_penalty: float = 0.0,
     ) -> None:
         super().__init__(decoder, num_samples, latent_dim)
-        self.projection = _one_of("projection", projection, PROJECTIONS)
+        self.projection = check_choice("projection", projection, PROJECTIONS)
         if not (math.isfinite(radius) and radius > 0):
             raise ValueError(f"radius must be positive and finite; got {radius}")
         self.radius = radius
@@ -706,7 +707,7 @@ class VariationalAutoDecoder(_TableModel):
         posterior_std: float = 0.1,
     ) -> None:
         super().__init__(decoder, num_samples, latent_dim)
-        self.variance = _one_of("variance", variance, VARIANCES)
+        self.variance = check_choice("variance", variance, VARIANCES)
         self.beta = _at_least_zero("beta", beta)
         if not (math.isfinite(posterior_std) and posterior_std > 0):
             raise ValueError(f"posterior_std must be positive and finite; got {posterior_std}")
@@ -813,10 +814,9 @@ class _Rehearsal:
 def _check_tuning(
     tune: int, data: Tensor | LatentData | None, model: _TableModel, batch_size: int, seed: int
 ) -> None:
-    for name, value in (("tune", tune), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
-    _at_least_one("batch_size", batch_size)
+    check_count("tune", tune, 0)
+    check_count("seed", seed, 0)
+    check_count("batch_size", batch_size)
     if data is None:
         return
     if not tune:
@@ -967,18 +967,6 @@ def _tried(name: str, network: nn.Module, shape: tuple[int, ...]) -> tuple[int, 
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters(), torch.empty(0)).device
-
-
-def _one_of(name: str, value: Any, legal: tuple[Any, ...]) -> Any:
-    if value not in legal:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}; got {value!r}")
-    return value
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
-    return value
 
 
 def _at_least_zero(name: str, value: float) -> float:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastlatent._checks import check_choice, check_count
+
 OUTPUTS = ("sigmoid", "linear")
 KINDS = ("mlp", "conv")
 _SMALLEST_GRID = 3
@@ -26,7 +28,7 @@ def build_decoder(
     Raises:
         ValueError: unknown `kind`, or an argument that the decoder refuses.
     """
-    _check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     decoder = MLPDecoder if kind == "mlp" else ConvDecoder
     return decoder(latent_dim, sample_shape, **options)
 
@@ -39,7 +41,7 @@ def build_encoder(
     Raises:
         ValueError: unknown `kind`, or an argument that the encoder refuses.
     """
-    _check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     encoder = MLPEncoder if kind == "mlp" else ConvEncoder
     return encoder(sample_shape, output_dim, **options)
 
@@ -68,8 +70,8 @@ class MLPDecoder(nn.Module):
         linear_path: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("output", output, OUTPUTS)
-        self.latent_dim = _check_size("latent_dim", latent_dim)
+        check_choice("output", output, OUTPUTS)
+        self.latent_dim = check_count("latent_dim", latent_dim)
         self.sample_shape = _check_sample_shape(sample_shape)
         self.hidden = _check_sizes("hidden", hidden)
         self.output = output
@@ -112,7 +114,7 @@ class MLPEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.sample_shape = _check_sample_shape(sample_shape)
-        self.output_dim = _check_size("output_dim", output_dim)
+        self.output_dim = check_count("output_dim", output_dim)
         self.hidden = _check_sizes("hidden", hidden)
         widths = (math.prod(self.sample_shape), *reversed(self.hidden), self.output_dim)
         self.layers = _linear_layers(widths)
@@ -151,10 +153,10 @@ class ConvDecoder(nn.Module):
         output: str = "sigmoid",
     ) -> None:
         super().__init__()
-        _check_choice("output", output, OUTPUTS)
-        self.latent_dim = _check_size("latent_dim", latent_dim)
+        check_choice("output", output, OUTPUTS)
+        self.latent_dim = check_count("latent_dim", latent_dim)
         self.sample_shape = _check_image_shape(sample_shape)
-        self.width = _check_size("width", width)
+        self.width = check_count("width", width)
         self.output = output
         channels, grids = _pyramid(self.sample_shape, self.width)
         self.expand = nn.Linear(self.latent_dim, channels[-1] * math.prod(grids[-1]))
@@ -195,8 +197,8 @@ class ConvEncoder(nn.Module):
     def __init__(self, sample_shape: Sequence[int], output_dim: int, width: int = 32) -> None:
         super().__init__()
         self.sample_shape = _check_image_shape(sample_shape)
-        self.output_dim = _check_size("output_dim", output_dim)
-        self.width = _check_size("width", width)
+        self.output_dim = check_count("output_dim", output_dim)
+        self.width = check_count("width", width)
         channels, grids = _pyramid(self.sample_shape, self.width)
         stages: list[nn.Module] = []
         for level in range(1, len(grids)):
@@ -250,20 +252,8 @@ def _stage(
     return kernel, stride, extra
 
 
-def _check_choice(name: str, value: str, legal: Sequence[str]) -> None:
-    if value not in legal:
-        choices = ", ".join(map(repr, legal))
-        raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-
-
-def _check_size(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
-    return value
-
-
 def _check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    return tuple(_check_size(f"every entry of {name}", value) for value in values)
+    return tuple(check_count(f"every entry of {name}", value) for value in values)
 
 
 def _check_sample_shape(sample_shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Half-precision tables are computed in fp32 and rounded once when a row is writte
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +153,42 @@ def row_words(seed: int, rows: Tensor, step: Tensor, columns: int) -> Tensor:
     return torch.stack(philox(seed, counter), dim=2).flatten(1)[:, :columns]
 
 
+class Update(NamedTuple):
+    """What an Adam step does to its rows: the arguments of the op behind rows and gradient.
+
+    Attributes:
+        step: 0-dim, the number t ≥ 1 of this step (``"global"`` and ``"dense"``).
+        lr: 0-dim.
+        history: fp64 ``[≥ t+1, 2]``, ``"dense"`` only: lr of every step and the running sum of
+            log(1 − lr·weight_decay).
+        grad_scale, found_inf: 0-dim, as ``torch.amp.GradScaler`` gives them to a fused optimizer.
+        skipped: 0-dim int64; if given, rows with a non-finite gradient are left alone and counted.
+        beta1, beta2, eps, weight_decay, maximize, step_mode: see ``SparseAdam``.
+        projection: ``"none"``, ``"ball"`` or ``"sphere"`` of ``radius``.
+        columns: how many leading columns the projection takes for the code.
+        seed: of stochastic rounding for bf16 and fp16 tables; None rounds to nearest.
+        assume_unique: the caller's promise that no row stands in ``index`` twice.
+    """
+
+    step: Tensor
+    lr: Tensor
+    history: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    skipped: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    step_mode: str
+    projection: str
+    radius: float
+    columns: int
+    seed: int | None
+    assume_unique: bool
+
+
 def adam_rows_(
     weight: Tensor,
     exp_avg: Tensor,
@@ -159,23 +196,7 @@ def adam_rows_(
     row_step: Tensor | None,
     index: Tensor,
     gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    history: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    step_mode: str,
-    projection: str,
-    radius: float,
-    columns: int,
-    seed: int | None,
-    assume_unique: bool,
+    *options: Any,
 ) -> None:
     """One Adam step on the rows of ``weight`` named by ``index`` (``[B]``), in place.
 
@@ -184,46 +205,41 @@ def adam_rows_(
         row_step: int32 ``[N]``; the row's own step count (``step_mode="row"``) or the last step
             that it has seen (``"dense"``); None for ``"global"``.
         index, gradient: ``[B]`` and ``[B, W]``; gradients of equal rows are summed first.
-        step: 0-dim, the number t ≥ 1 of this step (``"global"`` and ``"dense"``).
-        lr: 0-dim.
-        history: fp64 ``[≥ t+1, 2]``, ``"dense"`` only: lr of every step and the running sum of
-            log(1 − lr·weight_decay).
-        grad_scale, found_inf: 0-dim, as ``torch.amp.GradScaler`` gives them to a fused optimizer.
-        skipped: 0-dim int64; if given, rows with a non-finite gradient are left alone and counted.
-        columns: how many leading columns the projection takes for the code.
-        seed: of stochastic rounding for bf16 and fp16 tables; None rounds to nearest.
-        assume_unique: the caller's promise that no row stands in ``index`` twice.
+        options: those of ``Update``, in its order.
     """
+    update = Update(*options)
     check_range(index, weight.shape[0])
-    if found_inf is not None and bool(found_inf):
+    if update.found_inf is not None and bool(update.found_inf):
         return
     compute = compute_dtype(weight.dtype)
-    gradient = gradient.to(compute)
-    rows, gradient = (
-        (index.long(), gradient) if assume_unique else sum_duplicates(index.long(), gradient)
-    )
-    if grad_scale is not None:
-        gradient = gradient / grad_scale.to(compute)
-    if maximize:
+    rows, gradient = index.long(), gradient.to(compute)
+    if not update.assume_unique:
+        rows, gradient = sum_duplicates(rows, gradient)
+    if update.grad_scale is not None:
+        gradient = gradient / update.grad_scale.to(compute)
+    if update.maximize:
         gradient = -gradient
-    if skipped is not None:
+    if update.skipped is not None:
         finite = gradient.isfinite().all(1)
-        skipped += (~finite).sum()
+        update.skipped.add_((~finite).sum())
         rows, gradient = rows[finite], gradient[finite]
-    if step_mode == "dense":
-        assert row_step is not None and history is not None
+    beta1, beta2 = update.beta1, update.beta2
+    projected = update.projection, update.radius, update.columns
+    if update.step_mode == "dense":
+        assert row_step is not None and update.history is not None
         catch_up_(
-            *(weight, exp_avg, exp_avg_sq, row_step, rows, step - 1, history),
-            *(beta1, beta2, eps, weight_decay, projection, radius, columns, seed),
+            *(weight, exp_avg, exp_avg_sq, row_step, rows, update.step - 1, update.history),
+            *(beta1, beta2, update.eps, update.weight_decay, *projected, update.seed),
         )
-    times = step
+    times = update.step
     if row_step is not None:
-        row_step[rows] = row_step[rows] + 1 if step_mode == "row" else step.to(row_step)
-        times = row_step[rows, None].double()
-    lr, times = lr.double(), times.double()
-    decay = 1 - lr * weight_decay
+        own = update.step_mode == "row"
+        row_step[rows] = row_step[rows] + 1 if own else update.step.to(row_step)
+        times = row_step[rows, None]
+    lr, times = update.lr.double(), times.double()
+    decay = 1 - lr * update.weight_decay
     log_beta1, log_beta2 = _log(beta1), _log(beta2)
-    if step_mode == "global":
+    if update.step_mode == "global":
         step_size = _sparse_adam_scales(lr, times, log_beta1, log_beta2)
         denominator_scale = torch.ones_like(step_size)
     else:
@@ -234,11 +250,11 @@ def adam_rows_(
     w = _adam_step(
         *(weight[rows].to(compute), m, v),
         *(scale.to(compute) for scale in (decay, step_size, denominator_scale)),
-        eps,
+        update.eps,
     )
-    w = project(w, projection, radius, columns)
+    w = project(w, *projected)
     exp_avg[rows], exp_avg_sq[rows] = m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)
-    weight[rows] = _to_table(w, weight.dtype, seed, rows, times)
+    weight[rows] = _to_table(w, weight.dtype, update.seed, rows, times)
 
 
 def _to_table(
@@ -442,10 +458,10 @@ def variational_adam_rows_(
     noise_seed: Tensor,
     noise: Tensor | None,
     sample: bool,
-    *update: object,
+    *options: Any,
 ) -> None:
-    """``variational_gather_backward``, then ``adam_rows_`` with the options ``update``."""
+    """``variational_gather_backward``, then ``adam_rows_`` with its ``options``."""
     gradient = variational_gather_backward(
         grad_z, grad_kl, weight, index, prior_mean, prior_std, noise_seed, noise, sample
     )
-    adam_rows_(weight, exp_avg, exp_avg_sq, row_step, index, gradient, *update)  # type: ignore[arg-type]
+    adam_rows_(weight, exp_avg, exp_avg_sq, row_step, index, gradient, *options)

@@ -92,10 +92,8 @@ class StudyPart:
     picture: Picture
 
 
-def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
-    """The page and the PNG files (name without folder -> bytes) of a comparison."""
-    sections = [build(comparison) for build in SECTIONS]
-    parts = [_study(name, study) for name, study in comparison.studies.items()]
+def fill(template: str, **values: Any) -> str:
+    """The page that a file of templates/ makes of values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -104,7 +102,15 @@ def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = _plain
-    page = environment.get_template("report.html").render(
+    return environment.get_template(template).render(values)
+
+
+def render(comparison: Comparison) -> tuple[str, dict[str, bytes]]:
+    """The page and the PNG files (name without folder -> bytes) of a comparison."""
+    sections = [build(comparison) for build in SECTIONS]
+    parts = [_study(name, study) for name, study in comparison.studies.items()]
+    page = fill(
+        "report.html",
         headline=headline(comparison),
         summary=_summary(comparison),
         findings=findings(comparison),

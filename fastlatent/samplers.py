@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from fastlatent._checks import check_choice, check_count
 from fastlatent.priors import CodePrior, Prior
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class PriorSampler:
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         dim, dtype, device = self.like.shape[-1], self.like.dtype, self.like.device
-        return CodePrior(self.prior, dim, dtype, device).draw(_checked_number(n), generator)
+        return CodePrior(self.prior, dim, dtype, device).draw(check_count("n", n), generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ class MixtureSampler:
         return len(self.weights)
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        of = _choices(self.weights.expand(_checked_number(n), -1), generator)
+        of = _choices(self.weights.expand(check_count("n", n), -1), generator)
         noise = _normal(n, self.means[0], generator)
         return self.means[of] + (self.factors[of] @ noise[:, :, None])[:, :, 0]
 
@@ -323,8 +324,7 @@ def fit(
             shape, not finite, or too few.
         ImportError: "flow" without zuko.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {name!r}")
+    check_choice("sampler", name, SAMPLERS)
     if name == "prior":
         if model.prior is None:
             raise ValueError(
@@ -483,19 +483,13 @@ def _checked_codes(codes: Tensor) -> Tensor:
     return codes
 
 
-def _checked_number(n: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an integer of at least 1; got {n!r}")
-    return n
-
-
 def _device(like: Tensor, generator: torch.Generator | None) -> torch.device:
     return like.device if generator is None else generator.device
 
 
 def _normal(n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """[n, D] for `like` [D]."""
-    size, device = (_checked_number(n), len(like)), _device(like, generator)
+    size, device = (check_count("n", n), len(like)), _device(like, generator)
     return torch.randn(size, generator=generator, device=device).to(like)
 
 
@@ -504,7 +498,7 @@ def _uniform(size: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 
 def _rows(n: int, count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    size, device = (_checked_number(n),), _device(like, generator)
+    size, device = (check_count("n", n),), _device(like, generator)
     return torch.randint(count, size, generator=generator, device=device).to(like.device)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastlatent.data import LatentData
+from fastlatent._checks import check_choice, check_count
+from fastlatent.data import LatentData, spread
 from fastlatent.group import Alone
 from fastlatent.kernels.cpu.pages import empty
 from fastlatent.loader import noise_seed
@@ -116,18 +117,14 @@ class Settings:
             ("table_dtype", tuple(DTYPES)), ("moment_dtype", tuple(DTYPES)),
             ("rounding", ROUNDINGS), ("step_mode", STEP_MODES), ("projection", PROJECTIONS),
         ):  # fmt: skip
-            if (value := getattr(self, name)) not in legal:
-                choices = ", ".join(map(str, legal))
-                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+            check_choice(name, getattr(self, name), legal)
         for name, least in (
             ("latent_dim", 1), ("epochs", 1), ("steps", 1), ("batch_size", 1), ("warmup", 0),
             ("held_out", 0), ("seed", 0), ("threads", 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("epochs", "steps", "held_out"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+            if value is not None or name not in ("epochs", "steps", "held_out"):
+                check_count(name, value, least)
         for name in ("lr", "code_lr", "radius"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -336,9 +333,3 @@ def rate_factor(settings: Settings, total: int | None) -> Callable[[int], float]
         return rising * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
-
-
-def spread(length: int, count: int) -> Tensor:
-    """Rows at equal distances."""
-    count = min(length, count)
-    return torch.arange(count) * length // count

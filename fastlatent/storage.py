@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from fastlatent._files import write, write_tensors
+from fastlatent._files import open_to_all, replacing_folder, sha256, write, write_tensors
+from fastlatent._runs import to_json
 from fastlatent.data import LatentData
 from fastlatent.models import (
     AutoDecoder,
@@ -93,25 +91,14 @@ def save_model(
         "data": None if data is None else _describe_data(data),
     }
     _check_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
-    try:
+    with replacing_folder(path) as new:
         write_tensors(new / WEIGHTS, tensors)
-        config["sha256"] = _sha256(new / WEIGHTS)
-        text = json.dumps(config, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        write(new / CONFIG, text.encode())
+        config["sha256"] = sha256(new / WEIGHTS)
+        write(new / CONFIG, to_json(config))
         for name in (WEIGHTS, CONFIG):
             with open(new / name, "rb") as file:
                 os.fsync(file.fileno())
-        # mkdtemp's directory is for its owner only
-        umask = os.umask(0)
-        os.umask(umask)
-        for place, mode in ((new, 0o777), (new / WEIGHTS, 0o666), (new / CONFIG, 0o666)):
-            place.chmod(mode & ~umask)
-        _move(new, path)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+            open_to_all(new / name, 0o666)
 
 
 def load_model(
@@ -323,7 +310,7 @@ def _stored_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     if not file.exists():
         raise ValueError(f"the model in {str(path)!r} is damaged: {WEIGHTS} is missing")
     with _damage(path, WEIGHTS, ValueError, SafetensorError):
-        if _sha256(file) != config["sha256"]:
+        if sha256(file) != config["sha256"]:
             raise ValueError(f"its SHA-256 is not the one in {CONFIG}")
         return safetensors.load_file(file)
 
@@ -386,28 +373,6 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"overwrite replaces a saved model only, and {str(path)!r} is something else: {held}"
         )
-
-
-def _move(new: Path, path: Path) -> None:
-    """Give `new` the name `path`; what had it is gone afterwards, or has it again."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    try:
-        os.rename(path, aside)
-        os.rename(new, path)
-    except BaseException:
-        if not path.exists():
-            os.rename(aside, path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastlatent import _autograd
+from fastlatent._checks import check_count
 from fastlatent._impl import check_impl, resolve
 from fastlatent.functional import new_seed, prior_tensor
 from fastlatent.kernels.cpu.pages import empty
@@ -217,8 +218,7 @@ class LatentTable(nn.Embedding):
         if codes is not None and (codes.dim() != 2 or codes.shape[1] != width):
             raise ValueError(f"codes must be [n, {width}]; got {list(codes.shape)}")
         count = len(codes) if codes is not None else n
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(f"n must be an integer of at least 0; got {n!r}")
+        check_count("n", count, 0)
         names = self._new_names(count, ids)
         self._check_idle()
         new = self.weight.new_empty(count, width) if codes is None else codes.to(self.weight)

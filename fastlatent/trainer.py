@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -15,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -25,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastlatent._checks import check_count, check_device
 from fastlatent._files import write
 from fastlatent._impl import use_impl
+from fastlatent._runs import check_same, to_json, use_threads, versions
 from fastlatent.checkpoint import captured, locked, restore
-from fastlatent.data import LatentData, hold_out, load_data
+from fastlatent.data import LatentData, hold_out, load_data, spread
 from fastlatent.group import Alone
 from fastlatent.loader import Loader, Sampler, noise_seed
 from fastlatent.mapped import map_moments, table_in
@@ -54,7 +54,6 @@ from fastlatent.settings import (
     build_optimizers,
     memory_plan,
     rate_factor,
-    spread,
     start_from_pca,
 )
 from fastlatent.storage import CONFIG, WEIGHTS, save_model
@@ -409,7 +408,7 @@ def train(
     record = {
         "data": _describe(train_data, test),
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "versions": _versions(),
+        "versions": versions(),
     }
     _check_out(folder, record, resume=resume, overwrite=overwrite)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", group.world)) if group.world > 1 else 1
@@ -419,7 +418,7 @@ def train(
     lock: AbstractContextManager[None] = locked(folder) if group.rank == 0 else nullcontext()
     impl = nullcontext() if settings.impl == "auto" else use_impl(settings.impl)
     files = folder / MAPPED / f"rank-{group.rank}"
-    with lock, _threads(settings.threads), impl, _removed(files):
+    with lock, use_threads(settings.threads), impl, _removed(files):
         if resume and (summary := _finished(folder, record, seconds)):
             return summary
         place = table_in(files) if settings.mapped else None
@@ -446,7 +445,7 @@ def train(
         if group.rank == 0 and not resume:
             _clear(folder)
         if group.rank == 0:
-            write(folder / RUN, _json(record))
+            write(folder / RUN, to_json(record))
         if not resumed:
             trainer.metrics.cut(0, 0)
         try:
@@ -489,7 +488,7 @@ def _finish(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
     with trainer.group.whole(model):
         if trainer.group.rank == 0:
             _save(model, folder, trainer.train)
-            write(folder / SUMMARY, _json(summary))
+            write(folder / SUMMARY, to_json(summary))
     return summary
 
 
@@ -532,15 +531,6 @@ def _describe(train_data: LatentData, test: LatentData | None) -> dict[str, Any]
     }
 
 
-def _versions() -> dict[str, str]:
-    packages = ("fastlatent", "torch", "numpy", "numba")
-    return {
-        **{package: metadata.version(package) for package in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
 def _check(
     settings: Settings,
     seconds: float | None,
@@ -555,11 +545,9 @@ def _check(
         raise ValueError(f"seconds must be positive and finite; got {seconds}")
     if settings.epochs is None and settings.steps is None and seconds is None:
         raise ValueError("the run has no end: give epochs, steps or seconds")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={settings.device!r}: torch finds no CUDA device here")
-    for name, value in (("log_steps", log_steps), ("workers", workers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    check_device(settings.device)
+    check_count("log_steps", log_steps)
+    check_count("workers", workers)
 
 
 def _check_out(folder: Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -573,21 +561,14 @@ def _check_out(folder: Path, record: dict[str, Any], *, resume: bool, overwrite:
         return
     if not written.exists():
         raise FileNotFoundError(f"there is no run to resume in {str(folder)!r}")
-    try:
-        before = json.loads(written.read_text("utf-8"))
-        differing = _differing(before, record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(written)!r} is damaged ({error}): start again with overwrite (--overwrite)"
-        ) from error
-    if differing:
-        raise ValueError(
-            f"cannot resume {str(folder)!r} with other settings or data: {'; '.join(differing)}"
-        )
+    free: tuple[str, ...] = ("versions.",)
+    if record["settings"]["schedule"] == "constant":
+        free += ("settings.epochs", "settings.steps")
+    before = check_same(written, record, free).get("versions", {})
     changed = {
-        f"{name} {before['versions'].get(name)} then, {now} now"
+        f"{name} {before.get(name)} then, {now} now"
         for name, now in record["versions"].items()
-        if before["versions"].get(name) != now
+        if before.get(name) != now
     }
     if changed:
         warnings.warn(
@@ -596,18 +577,6 @@ def _check_out(folder: Path, record: dict[str, Any], *, resume: bool, overwrite:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    free = ()
-    if before["settings"]["schedule"] == now["settings"]["schedule"] == "constant":
-        free = ("epochs", "steps")
-    return [
-        f"{part}.{key} is {now[part].get(key)!r}, there {before[part].get(key)!r}"
-        for part in ("data", "settings")
-        for key in dict.fromkeys([*before[part], *now[part]])
-        if key not in free and now[part].get(key) != before[part].get(key)
-    ]
 
 
 def _finished(folder: Path, record: dict[str, Any], seconds: float | None) -> dict[str, Any] | None:
@@ -663,20 +632,6 @@ def _removed(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _told(error: OSError) -> str:
     where = f": {error.filename!r}" if error.filename else ""
     return f"{error.strerror or error}{where}"
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlatent._checks import check_count
 from fastlatent.data import LatentData, batches
 from fastlatent.models import LatentModel, Losses
 
@@ -169,13 +170,9 @@ def _observed(mask: Tensor, shape: tuple[int, ...]) -> int:
 
 
 def _check(model: LatentModel, data: LatentData, epochs: int, batch_size: int, seed: int) -> None:
-    for name, value, least in (
-        ("epochs", epochs, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, 0)
     if len(data) == 0:
         raise ValueError("data is empty: there is nothing to train on")
     rows = getattr(model, "num_samples", None)

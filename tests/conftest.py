@@ -21,3 +21,9 @@ def _threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(_threads):
+    """For batches so small that they only wait for a second thread, and for the last bits."""
+    torch.set_num_threads(1)

@@ -13,10 +13,7 @@ import fastlatent as fl
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    # for networks this small a second thread costs more than it saves on a busy machine
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

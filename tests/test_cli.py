@@ -229,7 +229,7 @@ def test_live_bar_shows_the_remaining_time_and_finished_models(array, monkeypatc
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)
     frames: list[str] = []
-    with cli.Live(console) as view:
+    with cli._Live(console) as view:
         for step in (
             ("autoencoder", "kept", 3, None, 0.0, 10.0, result),
             ("autodecoder", "training", 2, 0.01, 2.0, 10.0),
@@ -252,12 +252,12 @@ def test_live_bar_shows_the_remaining_time_and_finished_models(array, monkeypatc
 def test_a_terminal_gets_the_live_bar(small, monkeypatch):
     used = []
 
-    class Spy(cli.Live):
+    class Spy(cli._Live):
         def __init__(self, console):
             used.append(self)
             super().__init__(console)
 
-    monkeypatch.setattr(cli, "Live", Spy)
+    monkeypatch.setattr(cli, "_Live", Spy)
     monkeypatch.setattr(cli.sys, "stdout", Terminal())
     cli.app(small, standalone_mode=False)
     assert used

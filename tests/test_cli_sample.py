@@ -46,13 +46,7 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the commands' default: with more, a flow is another one in its last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -363,7 +357,7 @@ WAY_ERRORS = [
     ("ad", ["1", "train.npy"], "holds 30 samples: choose one, such as train.npy:0"),
     ("ad", ["train.npy:30", "1"], "a: 'train.npy' has the rows 0 .. 29; got 30"),
     ("lines", ["train.npy", "1"], "a: 'train.npy' has shape (30, 1, 6, 5), but the model in"),
-    ("ad", ["broken.npy", "1"], "a: 'broken.npy' cannot be read as an array"),
+    ("ad", ["broken.npy", "1"], "a: cannot read broken.npy as an array"),
     ("ad", ["1", "2", "--steps", "1"], "steps must be an integer of at least 2; got 1"),
     ("ad", ["1", "2", "--steps", "501"], "steps must be at most 500; got 501"),
     ("ad", ["1", "2", "--mode", "cubic"], "mode must be one of linear, slerp; got 'cubic'"),

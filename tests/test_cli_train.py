@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 
@@ -18,9 +17,7 @@ runner = CliRunner()
 SMALL = ["--held-out", "40", "--latent-dim", "4", "--hidden", "16", "--batch-size", "32"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -159,7 +156,7 @@ def test_the_bar_shows_the_speed(capsys):
     from rich.console import Console
 
     view = cli_train._Live(Console(force_terminal=True, width=120))
-    with view.shown():
+    with view:
         view(Progress(1_500, None, 1.5, 3.0, 98_765.0, 0.25, None))
     task = view.bar.tasks[0]
     assert (task.description, task.total) == ("1,500", None)

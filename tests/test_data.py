@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from fastlatent import data as data_module
-from fastlatent.data import DATA_NAMES, LatentData, batches, load_data, split
+from fastlatent.data import DATA_NAMES, LatentData, batches, load_data, split, spread
 
 
 def random_bytes(*shape, seed=0):
@@ -252,11 +252,35 @@ def test_non_finite_values_name_the_first_sample(monkeypatch, value, scan_bytes)
         load_data(x)
 
 
+@pytest.mark.parametrize("scan_bytes", [2**24, 1])
+@pytest.mark.parametrize("kind", ["array", "tensor", "npy"])
+def test_nan_is_kept_where_it_is_allowed(monkeypatch, tmp_path, kind, scan_bytes):
+    monkeypatch.setattr(data_module, "_SCAN_BYTES", scan_bytes)
+    x = np.linspace(-2, 3, 12, dtype=np.float32).reshape(4, 3)
+    x[1], x[2, 0] = np.nan, np.nan
+    np.save(tmp_path / "x.npy", x)
+    source = {"array": x, "tensor": torch.from_numpy(x), "npy": tmp_path / "x.npy"}[kind]
+    with pytest.raises(ValueError, match="sample 1 holds nan"):
+        load_data(source)
+    data = load_data(source, allow_nan=True)
+    assert data.value_range == (-2, 3)
+    np.testing.assert_array_equal(data.tensor().numpy(), x)
+    assert load_data(np.full_like(x, np.nan), allow_nan=True).value_range == (0, 0)
+    x[3, 1] = -np.inf
+    with pytest.raises(ValueError, match="sample 3 holds -inf as float32"):
+        load_data(x, allow_nan=True)
+
+
 def test_value_too_large_for_float32_is_not_finite():
     x = np.zeros((3, 2))
     x[1, 1] = 1e300
     with pytest.raises(ValueError, match="sample 1 holds inf as float32"):
         load_data(x)
+
+
+def test_spread_takes_rows_from_everywhere():
+    assert spread(5, 2_000).tolist() == [0, 1, 2, 3, 4]
+    assert spread(100, 4).tolist() == [0, 25, 50, 75]
 
 
 def test_range_is_measured_over_all_pieces(monkeypatch):
@@ -597,7 +621,7 @@ def test_damaged_array_files(tmp_path):
         "object.npz",
     ]
     for name in names:
-        with pytest.raises(ValueError, match=rf"cannot read .*{name} as an array of numbers"):
+        with pytest.raises(ValueError, match=rf"cannot read .*{name} as an array"):
             load_data(tmp_path / name)
     np.save(tmp_path / "empty.npy", np.zeros((0, 3)))
     with pytest.raises(ValueError, match=r"empty\.npy is empty"):

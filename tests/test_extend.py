@@ -19,9 +19,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name="ad", num_samples=OLD):

@@ -27,13 +27,7 @@ D, M = 3, 10
 EPS = torch.finfo(torch.float64).eps
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """The problems here are too small for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear_decoder(dim: int = D, width: int = M) -> nn.Linear:

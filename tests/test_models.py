@@ -23,13 +23,7 @@ TABLES = ("ad", "vad", "vad-fixed", "vad-none")
 EVERY = ("ae", "vae", *TABLES)
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """One, unlike in the other tests: batches this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind, n=N, dim=D, **options):
@@ -627,7 +621,7 @@ def decoder(dim=D, shape=SHAPE):
         (lambda: AutoDecoder(decoder(), 2.0, D), "num_samples must be an integer .* got 2.0"),
         (
             lambda: AutoDecoder(decoder(), N, D, projection="cube"),
-            "projection must be one of None, 'ball', 'sphere'; got 'cube'",
+            "projection must be one of None, ball, sphere; got 'cube'",
         ),
         (lambda: AutoDecoder(decoder(), N, D, radius=0), "radius must be positive"),
         (lambda: AutoDecoder(decoder(), N, D, code_penalty=-1), "code_penalty must be .* got -1"),
@@ -637,7 +631,7 @@ def decoder(dim=D, shape=SHAPE):
         ),
         (
             lambda: VariationalAutoDecoder(decoder(), N, D, variance="free"),
-            "variance must be one of 'learned', 'fixed', 'none'; got 'free'",
+            "variance must be one of learned, fixed, none; got 'free'",
         ),
         (lambda: VariationalAutoDecoder(decoder(), N, D, beta=-0.1), "beta must be .* got -0.1"),
         (lambda: VariationalAutoDecoder(decoder(), N, D, beta=math.nan), "beta must be finite"),

@@ -145,13 +145,13 @@ def test_constructor_arguments_stay_readable():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build_decoder("rnn", 4, (8,)), "kind must be one of 'mlp', 'conv'; got 'rnn'"),
-        (lambda: build_encoder("rnn", (8,), 4), "kind must be one of 'mlp', 'conv'; got 'rnn'"),
+        (lambda: build_decoder("rnn", 4, (8,)), "kind must be one of mlp, conv; got 'rnn'"),
+        (lambda: build_encoder("rnn", (8,), 4), "kind must be one of mlp, conv; got 'rnn'"),
         (lambda: MLPDecoder(0, (8,)), "latent_dim must be an integer of at least 1; got 0"),
         (lambda: MLPDecoder(True, (8,)), "latent_dim must be an integer of at least 1; got True"),
         (lambda: MLPDecoder(4, (8, 0)), "every entry of sample_shape .* got 0"),
         (lambda: MLPDecoder(4, (8,), (16, -1)), "every entry of hidden .* got -1"),
-        (lambda: MLPDecoder(4, (8,), output="relu"), "output must be one of 'sigmoid', 'linear'"),
+        (lambda: MLPDecoder(4, (8,), output="relu"), "output must be one of sigmoid, linear"),
         (lambda: MLPDecoder(4, ()), "sample_shape must have at least one entry"),
         (lambda: MLPEncoder((8,), 1.5), "output_dim must be an integer of at least 1; got 1.5"),
         (lambda: ConvDecoder(4, (8, 8)), r"needs sample_shape \(C, H, W\); got \(8, 8\)"),

@@ -29,12 +29,7 @@ flow = pytest.mark.skipif(
 NAMES = [pytest.param(name, marks=flow if name == "flow" else ()) for name in FITTED]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed=0):

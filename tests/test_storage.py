@@ -23,6 +23,7 @@ from fastlatent import (
     save_model,
     storage,
 )
+from fastlatent._files import sha256
 from fastlatent.storage import read_config
 
 DIM, SHAPE, ROWS = 3, (1, 5, 4), 7
@@ -256,7 +257,7 @@ def test_overwrite_removes_nothing_but_a_saved_model(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["write_tensors", "_sha256", "rename", "rename twice"])
+@pytest.mark.parametrize("step", ["write_tensors", "sha256", "rename", "rename twice"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_what_was_there(overwrite, step, error, tmp_path, monkeypatch):
     if overwrite:
@@ -271,7 +272,7 @@ def test_a_save_that_fails_leaves_what_was_there(overwrite, step, error, tmp_pat
             raise error
         return rename(*arguments, **options)
 
-    if step in ("write_tensors", "_sha256"):
+    if step in ("write_tensors", "sha256"):
         monkeypatch.setattr(storage, step, fail)
     else:
         monkeypatch.setattr(os, "rename", fail)
@@ -354,7 +355,7 @@ def rewrite(path, change):
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
-    edit(path, sha256=storage._sha256(path / "model.safetensors"))
+    edit(path, sha256=sha256(path / "model.safetensors"))
 
 
 def truncate(path):
@@ -364,7 +365,7 @@ def truncate(path):
 
 def truncate_unnoticed(path):
     truncate(path)
-    edit(path, sha256=storage._sha256(path / "model.safetensors"))
+    edit(path, sha256=sha256(path / "model.safetensors"))
 
 
 def flip(path):

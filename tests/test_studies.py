@@ -403,7 +403,7 @@ def test_live_view_shows_studies(toy):
     from rich.console import Console
 
     stream = io.StringIO()
-    with cli.Live(Console(file=stream, force_terminal=True, width=120)) as view:
+    with cli._Live(Console(file=stream, force_terminal=True, width=120)) as view:
         view(_run.Progress("toy", False, 3, 6, 1, 4))
         view.bar.refresh()
         view(_run.Progress("toy", True, 6, 6, 0, 0))

@@ -20,9 +20,7 @@ MODELS = ["autoencoder", "variational_autoencoder", "autodecoder", "variational_
 EPS = torch.finfo(torch.float64).eps
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

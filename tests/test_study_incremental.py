@@ -18,9 +18,7 @@ KEYS = ("autoencoder", "autodecoder")
 OLD, NEW = torch.arange(30), torch.arange(30, 42)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

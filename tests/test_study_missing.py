@@ -20,9 +20,7 @@ PLACE = {"pattern": "random", "fraction": 0.5}
 MODELS = ["autoencoder", "variational_autoencoder", "autodecoder", "variational_autodecoder"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

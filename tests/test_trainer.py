@@ -36,9 +36,7 @@ SMALL = {"latent_dim": 4, "hidden": (16,), "batch_size": 32, "held_out": 40}
 KINDS = ("ad", "vad", "ae", "vae")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

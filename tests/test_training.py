@@ -20,13 +20,7 @@ OPTIONS = {"epochs": 3, "batch_size": 16, "lr": 1e-3, "code_lr": 1e-2}
 LONGER = {**OPTIONS, "epochs": 12, "lr": 5e-3}
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """One, unlike in the other tests: batches this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +24,13 @@ import torch
 from joblib.externals.loky import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from fastlatent import studies
 from fastlatent._build import build_models
 from fastlatent._files import write
-from fastlatent.data import LatentData, load_data, split
+from fastlatent._runs import use_threads
+from fastlatent.data import LatentData, load_data, split, spread
 from fastlatent.models import LatentModel
 from fastlatent.studies._section import Record
 from fastlatent.training import History, fit
@@ -146,10 +148,12 @@ def train_model(
     seed: int,
     *,
     prior_std: float = 1.0,
+    mask: Tensor | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> LatentModel:
     """One of the four models, trained as `fastlatent.compare` trains it, in eval mode.
 
+    `mask` and `on_epoch` are for `fastlatent.training.fit`.
     Other epochs, rates and the like: `train_model(name, train, replace(settings, epochs=50), seed)`
     with dataclasses' `replace`.
     """
@@ -162,6 +166,7 @@ def train_model(
         lr=settings.lr,
         code_lr=settings.code_lr,
         seed=seed,
+        mask=mask,
         on_epoch=on_epoch,
     )
     return model.eval()
@@ -387,7 +392,7 @@ def _measure(job: Job, data: LatentData, settings: Settings) -> tuple[Measured, 
     start = time.process_time()
     arguments = json.loads(job.arguments)
     measure = studies.load(job.study).measure
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with use_threads(1), threadpool_limits(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         try:
             result = measure(data, settings, job.seed, **arguments)
@@ -399,17 +404,6 @@ def _measure(job: Job, data: LatentData, settings: Settings) -> tuple[Measured, 
             raise kind(message) from error
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _cores() -> int:
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return min(len(usable(0)), 8)
@@ -419,10 +413,11 @@ def _thinned(data: LatentData, most: int) -> LatentData:
     """At most so many samples, in memory: a process should not get those that it does not use."""
     if len(data) <= most:
         return data
-    rows = torch.arange(most) * len(data) // most
+    rows = spread(len(data), most)
     labels = None if data.labels is None else data.labels[rows]
     thin = load_data(data.batch(rows), labels=labels)
-    return LatentData(thin._samples, name=data.name, labels=labels)
+    thin.name = data.name
+    return thin
 
 
 def _key(data: LatentData, settings: Settings) -> str:

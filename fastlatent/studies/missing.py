@@ -20,11 +20,10 @@ from fastlatent.studies._run import (
     Measured,
     Result,
     Settings,
-    build_model,
+    train_model,
 )
 from fastlatent.studies._section import Estimate, Record, Section, Table, percent, significant
 from fastlatent.studies._words import listed
-from fastlatent.training import fit
 
 TITLE = "Missing data in training"
 QUESTION = (
@@ -183,18 +182,7 @@ def measure(
         figures |= _errors("train", mean.expand_as(x), x, mask)
         return Measured(figures | _errors("test", mean.expand_as(unseen), unseen, new_mask))
     settings = replace(settings, beta=heavier * settings.beta)
-    model = build_model(method, train, settings, seed)
-    fit(
-        model,
-        train,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        code_lr=settings.code_lr,
-        seed=seed,
-        mask=mask,
-    )
-    model.eval()
+    model = train_model(method, train, settings, seed, mask=mask)
     found = {
         "train": (training_codes(model, x, mask), x, mask),
         "test": (unseen_codes(model, unseen, seed, new_mask), unseen, new_mask),

@@ -41,7 +41,7 @@ from fastlatent.kernels.cpu.duplicates import all_inside, distinct
 from fastlatent.kernels.cpu.gather import raise_outside
 from fastlatent.kernels.cpu.jobs import Laid, parallel, scratch
 from fastlatent.kernels.cpu.philox import philox
-from fastlatent.reference import replay_limit
+from fastlatent.reference import Update, replay_limit
 
 _adam_moments = rule(rules.adam_moments)
 _adam_step = rule(rules.adam_step)
@@ -321,30 +321,15 @@ def table_arrays(
     )
 
 
-def make_rule(
-    dtype: torch.dtype,
-    grad_scale: Tensor | None,
-    skip_nonfinite: bool,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    step_mode: str,
-    projection: str,
-    radius: float,
-    columns: int,
-    seed: int | None,
-    lr: Tensor,
-    step: Tensor,
-) -> Rule:
-    """The rule of one call for a table of type ``dtype``; see ``reference.adam_rows_``."""
-    scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+def make_rule(dtype: torch.dtype, update: Update) -> Rule:
+    """The rule of one call for a table of type ``dtype``."""
+    scale = 1.0 if update.grad_scale is None else 1.0 / float(update.grad_scale)
     constant = _constant(
-        *(dtype, -scale if maximize else scale, skip_nonfinite, beta1, beta2, eps, weight_decay),
-        *(step_mode, projection, radius, columns, seed),
+        *(dtype, -scale if update.maximize else scale, update.skipped is not None),
+        *(update.beta1, update.beta2, update.eps, update.weight_decay, update.step_mode),
+        *(update.projection, update.radius, update.columns, update.seed),
     )
-    return Rule(*constant, float(lr), int(step))
+    return Rule(*constant, float(update.lr), int(update.step))
 
 
 @functools.lru_cache(64)
@@ -387,44 +372,25 @@ def adam_rows_(
     row_step: Tensor | None,
     index: Tensor,
     gradient: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    history: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    step_mode: str,
-    projection: str,
-    radius: float,
-    columns: int,
-    seed: int | None,
-    assume_unique: bool,
+    *options: Any,
 ) -> None:
     """One Adam step on the rows of ``index``, in place; see ``reference.adam_rows_``."""
-    if index.numel() == 0 or (found_inf is not None and bool(found_inf)):
+    update = Update(*options)
+    if index.numel() == 0 or (update.found_inf is not None and bool(update.found_inf)):
         return
     index = index.reshape(-1).long().contiguous()
-    rows, first, order, count = distinct(index, weight.shape[0], assume_unique)
-    rule = make_rule(
-        *(weight.dtype, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
-        *(maximize, step_mode, projection, radius, columns, seed, lr, step),
-    )
+    rows, first, order, count = distinct(index, weight.shape[0], update.assume_unique)
     width = weight.shape[1]
     left_out = parallel(
         *(_adam_loop, count, 7 * width * weight.element_size(), rows, first, order),
         *(gradient.contiguous(), scratch("rows", 4, width, compute_type(weight.dtype))),
-        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
-        rule,
+        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, update.history),
+        make_rule(weight.dtype, update),
     )
     if left_out < 0:
         raise_outside(index, weight.shape[0])
-    if skipped is not None:
-        skipped += left_out
+    if update.skipped is not None:
+        update.skipped.add_(left_out)
 
 
 def catch_up_(
@@ -450,16 +416,16 @@ def catch_up_(
         return
     index = index.reshape(-1).long().contiguous()
     rows, _, _, count = distinct(index, weight.shape[0], assume_unique)
-    rule = make_rule(
-        *(weight.dtype, None, False, beta1, beta2, eps, weight_decay, False, "dense"),
-        *(projection, radius, columns, seed, torch.zeros(()), step),
+    update = Update(
+        *(step, torch.zeros(()), history, None, None, None, beta1, beta2, eps, weight_decay),
+        *(False, "dense", projection, radius, columns, seed, assume_unique),
     )
     width = weight.shape[1]
     outside = parallel(
         *(_catch_up_loop, count, 7 * width * weight.element_size(), rows),
         scratch("rows", 4, width, compute_type(weight.dtype)),
         *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
-        rule,
+        make_rule(weight.dtype, update),
     )
     if outside:
         raise_outside(index, weight.shape[0])

@@ -10,6 +10,8 @@ The definition is ``fastlatent.reference``; the arguments are its arguments.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ from fastlatent.kernels.cpu.reparameterize import (
     forward,
     prior_rows,
 )
+from fastlatent.reference import Update
 
 
 @compiled
@@ -144,33 +147,14 @@ def variational_adam_rows_(
     noise_seed: Tensor,
     noise: Tensor | None,
     sample: bool,
-    step: Tensor,
-    lr: Tensor,
-    history: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skipped: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    step_mode: str,
-    projection: str,
-    radius: float,
-    columns: int,
-    seed: int | None,
-    assume_unique: bool,
+    *options: Any,
 ) -> None:
     """Backward pass and Adam step in one loop; no gradient is stored."""
-    if index.numel() == 0 or (found_inf is not None and bool(found_inf)):
+    update = Update(*options)
+    if index.numel() == 0 or (update.found_inf is not None and bool(update.found_inf)):
         return
     index = index.reshape(-1).long().contiguous()
-    rows, first, order, count = distinct(index, weight.shape[0], assume_unique)
-    rule = make_rule(
-        *(weight.dtype, grad_scale, skipped is not None, beta1, beta2, eps, weight_decay),
-        *(maximize, step_mode, projection, radius, columns, seed, lr, step),
-    )
+    rows, first, order, count = distinct(index, weight.shape[0], update.assume_unique)
     width = weight.shape[1]
     left_out = parallel(
         *(_update_loop, count, 7 * width * weight.element_size(), rows, first, order),
@@ -180,10 +164,10 @@ def variational_adam_rows_(
         ),
         *draws(noise, noise_seed, sample, width // 2, weight),
         *(grad_z.contiguous(), grad_kl.contiguous()),
-        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, history),
-        rule,
+        *table_arrays(weight, exp_avg, exp_avg_sq, row_step, update.history),
+        make_rule(weight.dtype, update),
     )
     if left_out < 0:
         raise_outside(index, weight.shape[0])
-    if skipped is not None:
-        skipped += left_out
+    if update.skipped is not None:
+        update.skipped.add_(left_out)
