@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from fastlatent import LatentTable, SparseAdam, VariationalLatentTable, _files, mapped
+from fastlatent.checkpoint import Checkpoints, captured, restore
 
 N, D = 500, 6
 FILES = ["exp_avg.npy", "exp_avg_sq.npy", "row_step.npy", "weight.npy"]
 
 
-def train(table, optimizer, steps=5):
+def train(table, optimizer, steps=5, batch=64):
     torch.manual_seed(1)
     for _ in range(steps):
-        out = table(torch.randint(0, len(table.weight), (64,)))
+        out = table(torch.randint(0, len(table.weight), (batch,)))
         loss = out.square().sum() if isinstance(out, torch.Tensor) else out[0].sum() + out[1].sum()
         loss.backward()
         optimizer.step()
@@ -151,6 +152,8 @@ def test_new_rows_are_drawn(tmp_path, monkeypatch):
 def test_nothing_is_in_memory_that_is_not_used(tmp_path):
     """A table of 64 MB with its moments; RSS counts the pages that are touched."""
     rows, dim = 2**18, 64
+    # imports what a table and its optimizer need
+    pair(LatentTable, tmp_path / "small", step_mode="row")
     table = LatentTable(1, dim)
     gc.collect()
     before = _resident()
@@ -162,9 +165,53 @@ def test_nothing_is_in_memory_that_is_not_used(tmp_path):
     assert optimizer.state[table.weight]["exp_avg"].count_nonzero() == 0
 
 
-def _resident():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_steps_of_a_large_table_leave_only_its_files_pages_in_memory(tmp_path):
+    """All rows of 67 MB of codes and 134 MB of moments are trained, written down and read back.
+
+    Pages of files are what the system takes back when it needs memory; the others it cannot.
+    """
+    rows, dim = 2**18, 64
+    table = LatentTable(1, dim)
+    # compiles, and fills the allocator's pools with a batch
+    small = LatentTable(4096, dim)
+    train(small, SparseAdam(small.parameters(), step_mode="row"), batch=4096)
+    gc.collect()
+    before = _resident("RssAnon")
+    most = [0]
+
+    def note():
+        most[0] = max(most[0], _resident("RssAnon") - before)
+
+    def draw(count):
+        note()
+        return torch.randn(count, dim)
+
+    mapped.map_table(table, tmp_path / "run", num_embeddings=rows, draw=draw)
+    optimizer = SparseAdam(table.parameters(), step_mode="row", assume_unique=True)
+    mapped.map_moments(optimizer, table, tmp_path / "run")
+    for index in torch.randperm(rows).split(4096):
+        table(index).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        note()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.write(1, captured(table, [optimizer]), {})
+    note()
+    expected = table.weight.detach()[::1000].clone()
+    table.weight.detach().zero_()
+    restore(table, [optimizer], checkpoints.latest())
+    note()
+    assert torch.equal(table.weight.detach()[::1000], expected)
+    assert int(optimizer.state[table.weight]["row_step"].min()) == 1
+    shared = _resident("RssFile") + _resident("RssShmem")
+    # one chunk of 16 MB is drawn and written, a batch of 1 MB and a permutation of 2 MB are there
+    assert most[0] < 3 * 2**24 < rows * dim * 4 < shared
+
+
+def _resident(kind="VmRSS"):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
 
 
 def test_no_space(tmp_path, monkeypatch):
