@@ -32,20 +32,19 @@ from fastlatent.kernels.launch import (
     host_or_device,
     tile,
 )
-from fastlatent.kernels.numerics import double, row_words, scalar
+from fastlatent.kernels.numerics import double, scalar
+from fastlatent.kernels.parts import load_parts, row_start, scaled
 from fastlatent.kernels.steps import (
     DENSE,
     NOT_SPECIALIZED,
     STEP_MODES,
     all_finite,
     gradient_scale,
-    load_state,
     replay,
-    row_tile,
     row_times,
     rule_arguments,
     step_rows,
-    store_row,
+    store_rows,
     store_times,
 )
 
@@ -90,6 +89,7 @@ def _adam_kernel(
     COLUMNS: tl.constexpr,
     CODE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     STEP_MODE: tl.constexpr,
@@ -105,17 +105,12 @@ def _adam_kernel(
         entries = tl.load(run_count)
         if start >= entries:
             return
-    column = tl.arange(0, BLOCK)
-    wanted = (column < COLUMNS)[None, :]
-    code = (column < CODE_COLUMNS)[None, :]
     slot = start + tl.arange(0, ROWS)
     if first is None:
         here = first_of(start, batch, ROWS)
         row, inside = load_index(index, slot, here, index_stride, rows)
-        local = (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
-        g = tl.load(gradient + start * COLUMNS + local, mask=here[:, None] & wanted, other=0.0).to(
-            tl.float32
-        )
+        pointer = gradient + start * COLUMNS + tl.arange(0, ROWS) * COLUMNS
+        g = load_parts(pointer, here, COLUMNS, PARTS, BLOCK)
     else:
         here = first_of(start, entries, ROWS)
         begin = tl.load(first + slot, mask=here, other=0)
@@ -123,26 +118,28 @@ def _adam_kernel(
         row, inside = load_index(index, begin, here, 1, rows)
         end = tl.where(inside, end, begin)
         g = sum_run(
-            *(gradient, gradient_stride, order, chunks, begin, end, column, batch),
-            *(LEVELS, COLUMNS, ROWS, BLOCK, ALIGN),
+            *(gradient, gradient_stride, order, chunks, begin, end, batch),
+            *(LEVELS, COLUMNS, PARTS, ROWS, BLOCK, ALIGN),
         )
-    g = g * gradient_scale(sign, grad_scale)
+    g = scaled(g, gradient_scale(sign, grad_scale), PARTS)
     if skipped is not None:
-        finite = all_finite(g, wanted)
+        finite = all_finite(g, COLUMNS, PARTS, BLOCK)
         count(skipped, inside & ~finite, ROWS)
         inside = inside & finite
-    weight_tile = row_tile(weight, row, weight_stride, column, ALIGN)
-    exp_avg_tile = row_tile(exp_avg, row, exp_avg_stride, column, ALIGN)
-    exp_avg_sq_tile = row_tile(exp_avg_sq, row, exp_avg_sq_stride, column, ALIGN)
-    w, m, v = load_state(weight_tile, exp_avg_tile, exp_avg_sq_tile, inside[:, None] & wanted)
+    weight_rows = row_start(weight, row, weight_stride, ALIGN)
+    exp_avg_rows = row_start(exp_avg, row, exp_avg_stride, ALIGN)
+    exp_avg_sq_rows = row_start(exp_avg_sq, row, exp_avg_sq_stride, ALIGN)
+    w = load_parts(weight_rows, inside, COLUMNS, PARTS, BLOCK)
+    m = load_parts(exp_avg_rows, inside, COLUMNS, PARTS, BLOCK)
+    v = load_parts(exp_avg_sq_rows, inside, COLUMNS, PARTS, BLOCK)
     time, seen = row_times(row_step, row, inside, scalar(step), STEP_MODE)
     step_rows(
-        *(weight_tile, exp_avg_tile, exp_avg_sq_tile, w, m, v, g, row, inside, wanted, code),
-        *(time, seen, scalar(lr).to(tl.float32), history, one_minus_beta1, one_minus_beta2),
+        *(weight_rows, exp_avg_rows, exp_avg_sq_rows, w, m, v, g, row, inside, time, seen),
+        *(scalar(lr).to(tl.float32), history, one_minus_beta1, one_minus_beta2),
         double(log_beta1_high, log_beta1_low),
         double(log_beta2_high, log_beta2_low),
-        *(eps, weight_decay, radius, limit, seed),
-        *(0, ROWS, BLOCK, STEP_MODE, PROJECTION, DITHER),
+        *(eps, weight_decay, radius, limit, seed, 0, COLUMNS, CODE_COLUMNS),
+        *(PARTS, ROWS, BLOCK, STEP_MODE, PROJECTION, DITHER),
     )
     store_times(row_step, row, inside, time, ROWS, STEP_MODE)
 
@@ -178,6 +175,7 @@ def _catch_up_kernel(
     COLUMNS: tl.constexpr,
     CODE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     PROJECTION: tl.constexpr,
@@ -188,8 +186,6 @@ def _catch_up_kernel(
     if first is not None:
         entries = tl.load(run_count).to(tl.int64)
     if start < entries:
-        column = tl.arange(0, BLOCK)
-        code = (column < CODE_COLUMNS)[None, :]
         slot = start + tl.arange(0, ROWS)
         here = first_of(start, entries, ROWS)
         if first is not None:
@@ -199,23 +195,22 @@ def _catch_up_kernel(
         seen = tl.load(row_step + row, mask=inside, other=0).to(tl.int64)
         due = inside & (seen < last)
         if tl.max(due.to(tl.int32), axis=0) > 0:
-            mask = due[:, None] & (column < COLUMNS)[None, :]
-            weight_tile = row_tile(weight, row, weight_stride, column, ALIGN)
-            exp_avg_tile = row_tile(exp_avg, row, exp_avg_stride, column, ALIGN)
-            exp_avg_sq_tile = row_tile(exp_avg_sq, row, exp_avg_sq_stride, column, ALIGN)
-            w, m, v = load_state(weight_tile, exp_avg_tile, exp_avg_sq_tile, mask)
+            weight_rows = row_start(weight, row, weight_stride, ALIGN)
+            exp_avg_rows = row_start(exp_avg, row, exp_avg_stride, ALIGN)
+            exp_avg_sq_rows = row_start(exp_avg_sq, row, exp_avg_sq_stride, ALIGN)
             w, m, v = replay(
-                *(w, m, v, seen, last, due, history, one_minus_beta1, one_minus_beta2),
+                load_parts(weight_rows, due, COLUMNS, PARTS, BLOCK),
+                load_parts(exp_avg_rows, due, COLUMNS, PARTS, BLOCK),
+                load_parts(exp_avg_sq_rows, due, COLUMNS, PARTS, BLOCK),
+                *(seen, last, due, history, one_minus_beta1, one_minus_beta2),
                 double(log_beta1_high, log_beta1_low),
                 double(log_beta2_high, log_beta2_low),
-                *(eps, weight_decay, code, radius, limit, PROJECTION),
+                *(eps, weight_decay, radius, limit, CODE_COLUMNS, PARTS, BLOCK, PROJECTION),
             )
-            words = None
-            if DITHER != 0:
-                words = row_words(seed, row, last, 0, ROWS, BLOCK)
-            store_row(weight_tile, w, mask, words, DITHER)
-            store_row(exp_avg_tile, m, mask, None, 0)
-            store_row(exp_avg_sq_tile, v, mask, None, 0)
+            store_rows(
+                *(weight_rows, exp_avg_rows, exp_avg_sq_rows, w, m, v, row, last, due, seed),
+                *(0, COLUMNS, PARTS, ROWS, BLOCK, DITHER),
+            )
             store_times(row_step, row, due, last, ROWS, DENSE)
 
 
@@ -246,7 +241,8 @@ def plan(
     seed: int | None,
 ) -> Launch:
     width = weight.shape[1]
-    rows, block, warps = tile("adam", width, weight, exp_avg)
+    align = alignment(width, weight, exp_avg, exp_avg_sq, gradient)
+    rows, parts, block, warps = tile("adam", width, weight, exp_avg, align=align)
     return Launch(
         _adam_kernel,
         (triton.cdiv(index.numel(), rows),),
@@ -277,8 +273,9 @@ def plan(
             ),
             "COLUMNS": width,
             "ROWS": rows,
+            "PARTS": parts,
             "BLOCK": block,
-            "ALIGN": alignment(width, weight, exp_avg, exp_avg_sq, gradient),
+            "ALIGN": align,
             "STEP_MODE": STEP_MODES[step_mode],
             "LEVELS": 0 if runs is None else levels(index.numel()),
         },
@@ -330,7 +327,8 @@ def plan_catch_up(
     seed: int | None,
 ) -> Launch:
     width, batch = weight.shape[1], index.numel()
-    rows, block, warps = tile("adam", width, weight, exp_avg)
+    align = alignment(width, weight, exp_avg, exp_avg_sq)
+    rows, parts, block, warps = tile("adam", width, weight, exp_avg, align=align)
     return Launch(
         _catch_up_kernel,
         (triton.cdiv(batch, rows),),
@@ -352,8 +350,9 @@ def plan_catch_up(
             ),
             "COLUMNS": width,
             "ROWS": rows,
+            "PARTS": parts,
             "BLOCK": block,
-            "ALIGN": alignment(width, weight, exp_avg, exp_avg_sq),
+            "ALIGN": align,
         },
         warps,
         weight.device,

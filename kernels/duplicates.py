@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastlatent.kernels.launch import Launch, alignment, tile
 from fastlatent.kernels.numerics import constant
+from fastlatent.kernels.parts import added, load_parts, row_start, zeros
 
 FAN_IN = 32
 _SHIFT, _UNROLL = constant(5), constant(4)
@@ -134,17 +135,16 @@ def sum_run(
     chunks,
     begin,
     end,
-    column,
     batch,
     LEVELS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """For each of ROWS runs the sum ``[ROWS, BLOCK]`` of its entries' values, in sorted order."""
-    wanted = (column < COLUMNS)[None, :]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    """For each of ROWS runs the sum of its entries' values, in sorted order, in parts."""
+    total = zeros(PARTS, ROWS, BLOCK)
     position = begin
     while tl.max(end - position, axis=0) > 0:
         for _ in tl.static_range(_UNROLL):
@@ -152,20 +152,12 @@ def sum_run(
             length, chunk = next_term(position, end, batch, LEVELS, ROWS)
             single = left & (length == 1)
             entry = tl.load(order + position, mask=single, other=0)
-            offset = tl.multiple_of(entry * values_stride, ALIGN)
-            term = tl.load(
-                values + offset[:, None] + column[None, :],
-                mask=single[:, None] & wanted,
-                other=0.0,
-            ).to(tl.float32)
+            pointer = row_start(values, entry, values_stride, ALIGN)
+            total = added(total, load_parts(pointer, single, COLUMNS, PARTS, BLOCK), PARTS)
             if LEVELS > 0:
-                offset = tl.multiple_of(chunk.to(tl.int64) * COLUMNS, ALIGN)
-                term += tl.load(
-                    chunks + offset[:, None] + column[None, :],
-                    mask=(left & (length > 1))[:, None] & wanted,
-                    other=0.0,
-                )
-            total += term
+                pointer = row_start(chunks, chunk.to(tl.int64), COLUMNS, ALIGN)
+                term = load_parts(pointer, left & (length > 1), COLUMNS, PARTS, BLOCK)
+                total = added(total, term, PARTS)
             position += tl.where(left, length, 0)
     return total
 
@@ -212,7 +204,7 @@ def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor, first: int = 1) -> l
     ``values`` are the batch's rows; from level 2 on only ``chunks`` are read.
     """
     batch, columns = runs.keys.numel(), chunks.shape[1]
-    rows, block, warps = tile("gather", min(columns, 2048), values)
+    rows, _, block, warps = tile("gather", min(columns, 2048), values)
     return [
         Launch(
             _chunks_kernel,

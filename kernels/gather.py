@@ -74,7 +74,7 @@ def _gather_kernel(
 
 def plan(out: Tensor, weight: Tensor, index: Tensor, out_of_range: Tensor | None) -> Launch:
     columns = weight.shape[1]
-    rows, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight)
+    rows, _, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight)
     return Launch(
         _gather_kernel,
         (triton.cdiv(index.numel(), rows), triton.cdiv(columns, block)),

@@ -35,31 +35,43 @@ CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
 
 
 class Tile(NamedTuple):
-    """A program works on ``rows`` rows of ``block`` ≥ columns elements, a power of two."""
+    """A program takes ``rows`` rows in ``parts`` tiles of ``block`` columns, a power of two."""
 
     rows: int
+    parts: int
     block: int
     warps: int
 
 
-def tile(kernel: str, columns: int, *tables: Tensor) -> Tile:
+# Where rows start anywhere, threads read their columns one or two at a time. What a thread does
+# once for a row then costs it less in this many parts at most, each of 32 bytes at least.
+_PARTS, _SECTOR = 8, 32
+
+
+def tile(kernel: str, columns: int, *tables: Tensor, align: int | None = None) -> Tile:
     """The frozen configuration for rows of ``columns`` elements of each of ``tables``.
 
     The smallest element decides, so that 16 bytes of every table fall to one thread. A wide row
-    takes more warps and then more elements a thread, up to 16,384 columns.
+    takes more warps and then more elements a thread, up to 16,384 columns. ``align``: the
+    ``alignment`` of the tables, of a kernel that takes rows in parts; others have one.
     """
-    return _tile(kernel, columns, min(table.element_size() for table in tables))
+    itemsize = min(table.element_size() for table in tables)
+    return _tile(kernel, columns, itemsize, align if align is not None and align <= 2 else 0)
 
 
 @functools.cache
-def _tile(kernel: str, columns: int, itemsize: int) -> Tile:
+def _tile(kernel: str, columns: int, itemsize: int, narrow: int) -> Tile:
+    """``narrow``: how many elements of a part a thread reads at once, 0 for a single part."""
     warps, vectors = CONFIGURATIONS[kernel][itemsize]
     _check_width(columns)
-    block = max(4, _power_of_two(columns))
+    most, least = (_PARTS, min(columns, _SECTOR // itemsize)) if narrow else (1, 1)
+    block = max(4, _power_of_two(max(least, -(-columns // most))))
+    parts = max(1, -(-columns // block))
     elements = warps * _WARP * vectors * 16 // itemsize
-    while block > elements and warps < 32:
+    while parts * block > elements and warps < 32:
         warps, elements = 2 * warps, 2 * elements
-    return Tile(max(1, elements // block), block, warps)
+    rows = max(1, elements // (parts * block), warps * _WARP * narrow // block)
+    return Tile(_power_of_two(rows + 1) // 2, parts, block, warps)
 
 
 class Lanes(NamedTuple):

@@ -305,10 +305,17 @@ def _four_normals(seed, counter, HARDWARE: tl.constexpr):
 
 @triton.jit
 def row_normals(
-    seed, b, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HARDWARE: tl.constexpr
+    seed,
+    b,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """``reference.normal`` ``[ROWS, BLOCK]`` of the batch entries b (int64 ``[ROWS]``)."""
-    counter = (b * ((COLUMNS + 3) // 4))[:, None] + tl.arange(0, BLOCK // 4)[None, :]
+    """``reference.normal`` from column FIRST on, of the batch entries b (int64 ``[ROWS]``)."""
+    group = FIRST // 4 + tl.arange(0, BLOCK // 4)
+    counter = (b * ((COLUMNS + 3) // 4))[:, None] + group[None, :]
     a = _four_normals(seed, counter, HARDWARE)
     return _interleave(a[0], a[1], a[2], a[3], ROWS, BLOCK)
 

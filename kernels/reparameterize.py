@@ -42,6 +42,7 @@ from fastlatent.kernels.numerics import (
     twice_kl,
     vector_normals,
 )
+from fastlatent.kernels.parts import load_parts, row_start, zeros
 
 NO_NOISE, PHILOX, GIVEN = constant(0), constant(1), constant(2)
 _NOT_SPECIALIZED = (
@@ -78,25 +79,25 @@ def load_noise(
     seed,
     b,
     here,
-    column,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     SAMPLE: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """ε ``[ROWS, BLOCK]`` of the batch entries b (int64 ``[ROWS]``)."""
+    """ε of the batch entries b (int64 ``[ROWS]``): PARTS times ``[ROWS, BLOCK]``."""
     if SAMPLE == GIVEN:
-        offset = tl.multiple_of(b * noise_stride, ALIGN)
-        mask = here[:, None] & (column < COLUMNS)[None, :]
-        epsilon = tl.load(noise + offset[:, None] + column[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        pointer = row_start(noise, b, noise_stride, ALIGN)
+        epsilon = load_parts(pointer, here, COLUMNS, PARTS, BLOCK)
     elif SAMPLE == PHILOX:
-        epsilon = row_normals(scalar(seed), b, COLUMNS, ROWS, BLOCK, HARDWARE)
+        epsilon = ()
+        for part in tl.static_range(PARTS):
+            first = part * BLOCK
+            epsilon += (row_normals(scalar(seed), b, first, COLUMNS, ROWS, BLOCK, HARDWARE),)
     else:
-        epsilon = tl.zeros([ROWS, BLOCK], tl.float32)
+        epsilon = zeros(PARTS, ROWS, BLOCK)
     return epsilon
 
 

@@ -34,6 +34,7 @@ from fastlatent.kernels.numerics import (
     sparse_adam_scales,
     stored,
 )
+from fastlatent.kernels.parts import below, chosen, part_of, scaled
 from fastlatent.reference import replay_limit
 
 GLOBAL, ROW, DENSE = constant(0), constant(1), constant(2)
@@ -60,14 +61,27 @@ NOT_SPECIALIZED = (
 
 
 @triton.jit
-def project(w, code, radius, PROJECTION: tl.constexpr):
-    """The columns ``code`` ``[1, BLOCK]`` of each row moved into the ball or onto the sphere."""
+def project(
+    w,
+    radius,
+    CODE_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROJECTION: tl.constexpr,
+):
+    """The first CODE_COLUMNS columns of each row moved into the ball or onto the sphere."""
     if PROJECTION != NO_PROJECTION:
-        square = tl.sum(tl.where(code, w * w, 0.0), axis=1)
-        norm = root(square)
+        square = tl.zeros_like(w[0])
+        for part in tl.static_range(PARTS):
+            square += tl.where(below(CODE_COLUMNS, part, BLOCK), w[part] * w[part], 0.0)
+        norm = root(tl.sum(square, axis=1))
         outside = norm > (radius if PROJECTION == BALL else 0.0)
-        scale = tl.where(outside, radius * reciprocal(norm), 1.0)
-        w = tl.where(code, w * scale[:, None], w)
+        scale = tl.where(outside, radius * reciprocal(norm), 1.0)[:, None]
+        projected = ()
+        for part in tl.static_range(PARTS):
+            code = below(CODE_COLUMNS, part, BLOCK)
+            projected += (tl.where(code, w[part] * scale, w[part]),)
+        w = projected
     return w
 
 
@@ -81,6 +95,34 @@ def scales(lr, step, log_beta1, log_beta2, STEP_MODE: tl.constexpr):
     else:
         step_size, denominator_scale = adam_scales(lr, wide_step, log_beta1, log_beta2)
     return step_size, denominator_scale
+
+
+@triton.jit
+def _adam_parts(
+    w,
+    m,
+    v,
+    g,  # None: no gradient
+    one_minus_beta1,
+    one_minus_beta2,
+    decay,
+    step_size,
+    denominator_scale,
+    eps,
+    PARTS: tl.constexpr,
+):
+    """``adam_moments`` and ``adam_step`` of every part."""
+    next_w, next_m, next_v = (), (), ()
+    for part in tl.static_range(PARTS):
+        gradient = tl.zeros_like(m[part]) if g is None else g[part]
+        moments = adam_moments(gradient, m[part], v[part], one_minus_beta1, one_minus_beta2)
+        stepped = adam_step(
+            w[part], moments[0], moments[1], decay, step_size, denominator_scale, eps
+        )
+        next_w += (stepped,)
+        next_m += (moments[0],)
+        next_v += (moments[1],)
+    return next_w, next_m, next_v
 
 
 @triton.jit
@@ -98,9 +140,11 @@ def replay(
     log_beta2,
     eps,
     weight_decay,
-    code,
     radius,
     limit,
+    CODE_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PROJECTION: tl.constexpr,
 ):
     """Takes the steps seen+1 … last without a gradient, in the rows that are ``due``.
@@ -110,7 +154,10 @@ def replay(
     first = tl.minimum(seen, last)
     stop = tl.minimum(last, first + limit)
     if PROJECTION == NO_PROJECTION:
-        moving = tl.max((m != 0).to(tl.int32), axis=1) > 0
+        moving = m[0] != 0
+        for part in tl.static_range(1, PARTS):
+            moving |= m[part] != 0
+        moving = tl.max(moving.to(tl.int32), axis=1) > 0
         stop = tl.where(moving, stop, first)
     stop = tl.where(due, stop, first)
     longest = tl.max(stop - first, axis=0)
@@ -120,39 +167,59 @@ def replay(
         taken = (first + k <= stop)[:, None]
         lr = tl.load(history + 2 * now).to(tl.float32)
         step_size, denominator_scale = scales(lr, now, log_beta1, log_beta2, DENSE)
-        next_m, next_v = adam_moments(tl.zeros_like(m), m, v, one_minus_beta1, one_minus_beta2)
         decay = 1.0 - lr * weight_decay
-        next_w = adam_step(
-            w, next_m, next_v, decay[:, None], step_size[:, None], denominator_scale[:, None], eps
+        next_w, next_m, next_v = _adam_parts(
+            *(w, m, v, None, one_minus_beta1, one_minus_beta2, decay[:, None]),
+            *(step_size[:, None], denominator_scale[:, None], eps, PARTS),
         )
-        next_w = project(next_w, code, radius, PROJECTION)
-        w = tl.where(taken, next_w, w)
-        m = tl.where(taken, next_m, m)
-        v = tl.where(taken, next_v, v)
+        next_w = project(next_w, radius, CODE_COLUMNS, PARTS, BLOCK, PROJECTION)
+        w = chosen(taken, next_w, w, PARTS)
+        m = chosen(taken, next_m, m, PARTS)
+        v = chosen(taken, next_v, v, PARTS)
         k += 1
     rest = tl.where(due, last - stop, 0)
     if tl.max(rest, axis=0) > 0:
         late = (rest > 0)[:, None]
         decayed = tl.load(history + 2 * last + 1) - tl.load(history + 2 * stop + 1)
-        next_w = project(w * exp_wide(decayed)[:, None], code, radius, PROJECTION)
-        w = tl.where(late, next_w, w)
-        m = tl.where(late, m * exp_wide(rest * log_beta1)[:, None], m)
-        v = tl.where(late, v * exp_wide(rest * log_beta2)[:, None], v)
+        next_w = scaled(w, exp_wide(decayed)[:, None], PARTS)
+        next_w = project(next_w, radius, CODE_COLUMNS, PARTS, BLOCK, PROJECTION)
+        w = chosen(late, next_w, w, PARTS)
+        m = chosen(late, scaled(m, exp_wide(rest * log_beta1)[:, None], PARTS), m, PARTS)
+        v = chosen(late, scaled(v, exp_wide(rest * log_beta2)[:, None], PARTS), v, PARTS)
     return w, m, v
 
 
 @triton.jit
-def row_tile(table, row, stride, column, ALIGN: tl.constexpr):
-    """Pointers ``[ROWS, BLOCK]`` to the rows of a table; the hint makes accesses 128 bits wide."""
-    offset = tl.multiple_of(row * stride, ALIGN)
-    return table + offset[:, None] + column[None, :]
-
-
-@triton.jit
-def store_row(pointer, values, mask, words, DITHER: tl.constexpr):
-    if DITHER != 0:
-        values = dithered(values, words, DITHER)
-    tl.store(pointer, stored(values, pointer.dtype.element_ty), mask=mask)
+def store_rows(
+    weight,  # pointers to the rows [ROWS], as the next two
+    exp_avg,
+    exp_avg_sq,
+    w,
+    m,
+    v,
+    row,
+    time,
+    there,
+    seed,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DITHER: tl.constexpr,
+):
+    """Writes the rows' columns FIRST … that are ``there``, the weights with a dither if any."""
+    for part in tl.static_range(PARTS):
+        values = w[part]
+        if DITHER != 0:
+            words = row_words(seed, row, time, FIRST + part * BLOCK, ROWS, BLOCK)
+            values = dithered(values, words, DITHER)
+        pointers, mask = part_of(weight, there, part, COLUMNS, BLOCK)
+        tl.store(pointers, stored(values, weight.dtype.element_ty), mask=mask)
+        pointers, mask = part_of(exp_avg, there, part, COLUMNS, BLOCK)
+        tl.store(pointers, stored(m[part], exp_avg.dtype.element_ty), mask=mask)
+        pointers, mask = part_of(exp_avg_sq, there, part, COLUMNS, BLOCK)
+        tl.store(pointers, stored(v[part], exp_avg_sq.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -179,7 +246,7 @@ def store_times(row_step, row, inside, time, ROWS: tl.constexpr, STEP_MODE: tl.c
 
 @triton.jit
 def step_rows(
-    weight,  # pointers [ROWS, BLOCK], as the next two
+    weight,  # pointers to the rows [ROWS], as the next two
     exp_avg,
     exp_avg_sq,
     w,
@@ -188,8 +255,6 @@ def step_rows(
     g,
     row,
     inside,
-    wanted,
-    code,
     time,
     seen,
     lr,
@@ -204,6 +269,9 @@ def step_rows(
     limit,
     seed,
     FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CODE_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP_MODE: tl.constexpr,
@@ -217,35 +285,30 @@ def step_rows(
         w, m, v = replay(
             *(w, m, v, seen, last, inside & (seen < last), history),
             *(one_minus_beta1, one_minus_beta2, log_beta1, log_beta2),
-            *(eps, weight_decay, code, radius, limit, PROJECTION),
+            *(eps, weight_decay, radius, limit, CODE_COLUMNS, PARTS, BLOCK, PROJECTION),
         )
     step_size, denominator_scale = scales(lr, time, log_beta1, log_beta2, STEP_MODE)
     if STEP_MODE == ROW:
         step_size, denominator_scale = step_size[:, None], denominator_scale[:, None]
-    m, v = adam_moments(g, m, v, one_minus_beta1, one_minus_beta2)
-    w = adam_step(w, m, v, 1.0 - lr * weight_decay, step_size, denominator_scale, eps)
-    w = project(w, code, radius, PROJECTION)
-    words = None
-    if DITHER != 0:
-        words = row_words(seed, row, time, FIRST, ROWS, BLOCK)
-    mask = inside[:, None] & wanted
-    store_row(weight, w, mask, words, DITHER)
-    store_row(exp_avg, m, mask, None, 0)
-    store_row(exp_avg_sq, v, mask, None, 0)
+    decay = 1.0 - lr * weight_decay
+    w, m, v = _adam_parts(
+        *(w, m, v, g, one_minus_beta1, one_minus_beta2, decay),
+        *(step_size, denominator_scale, eps, PARTS),
+    )
+    w = project(w, radius, CODE_COLUMNS, PARTS, BLOCK, PROJECTION)
+    store_rows(
+        *(weight, exp_avg, exp_avg_sq, w, m, v, row, time, inside, seed),
+        *(FIRST, COLUMNS, PARTS, ROWS, BLOCK, DITHER),
+    )
 
 
 @triton.jit
-def load_state(weight, exp_avg, exp_avg_sq, mask):
-    w = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(exp_avg, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(exp_avg_sq, mask=mask, other=0.0).to(tl.float32)
-    return w, m, v
-
-
-@triton.jit
-def all_finite(g, wanted):
-    """Which rows have only finite values."""
-    return tl.min(((tl.abs(g) < float("inf")) | ~wanted).to(tl.int32), axis=1) > 0
+def all_finite(g, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which rows have only finite values in their COLUMNS columns."""
+    finite = tl.full(g[0].shape, 1, tl.int1)
+    for part in tl.static_range(PARTS):
+        finite &= (tl.abs(g[part]) < float("inf")) | ~below(COLUMNS, part, BLOCK)
+    return tl.min(finite.to(tl.int32), axis=1) > 0
 
 
 @triton.jit

@@ -45,6 +45,7 @@ from fastlatent.kernels.numerics import (
     mean_gradient,
     scalar,
 )
+from fastlatent.kernels.parts import added, below, load_parts, row_start, zeros
 from fastlatent.kernels.reparameterize import (
     by_rows,
     draw_arguments,
@@ -59,8 +60,6 @@ from fastlatent.kernels.steps import (
     STEP_MODES,
     all_finite,
     gradient_scale,
-    load_state,
-    row_tile,
     row_times,
     rule_arguments,
     step_rows,
@@ -80,24 +79,26 @@ def _load_term(
     noise_seed,
     b,
     here,
-    column,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     SAMPLE: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """∂z, ∂z·ε ``[ROWS, BLOCK]`` and ∂KL ``[ROWS]`` of the batch entries b."""
-    offset = tl.multiple_of(b * COLUMNS, ALIGN)
-    mask = here[:, None] & (column < COLUMNS)[None, :]
-    dz = tl.load(grad_z + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    """∂z and ∂z·ε in parts, and ∂KL ``[ROWS]``, of the batch entries b."""
+    pointer = row_start(grad_z, b, COLUMNS, ALIGN)
+    dz = load_parts(pointer, here, COLUMNS, PARTS, BLOCK)
     dkl = tl.load(grad_kl + b * grad_kl_stride, mask=here, other=0.0).to(tl.float32)
     epsilon = load_noise(
-        *(noise, noise_stride, noise_seed, b, here, column),
-        *(COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+        *(noise, noise_stride, noise_seed, b, here),
+        *(COLUMNS, PARTS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
     )
-    return dz, dz * epsilon, dkl
+    weighted = ()
+    for part in tl.static_range(PARTS):
+        weighted += (dz[part] * epsilon[part],)
+    return dz, weighted, dkl
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -130,10 +131,10 @@ def _chunks_kernel(
             b = tl.load(order + chunk * _FAN_IN + part + tl.arange(0, ROWS))
             term = _load_term(
                 *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, b, b >= 0),
-                *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+                *(COLUMNS, 1, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
             )
-            dz += term[0]
-            weighted += term[1]
+            dz += term[0][0]
+            weighted += term[1][0]
             dkl += term[2]
         dz, weighted, dkl = tl.sum(dz, axis=0), tl.sum(weighted, axis=0), tl.sum(dkl, axis=0)
         target = chunks + chunk.to(tl.int64) * WIDTH
@@ -191,6 +192,7 @@ def _update_kernel(
     COLUMNS: tl.constexpr,
     CODE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     MEANS: tl.constexpr,
@@ -211,16 +213,13 @@ def _update_kernel(
         entries = tl.load(run_count)
         if start >= entries:
             return
-    column = tl.arange(0, BLOCK)
-    wanted = (column < COLUMNS)[None, :]
-    code = (column < CODE_COLUMNS)[None, :]
     slot = start + tl.arange(0, ROWS)
     if first is None:
         here = first_of(start, batch, ROWS)
         row, inside = load_index(index, slot, here, index_stride, rows)
         dz, weighted, dkl = _load_term(
             *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, slot, here),
-            *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+            *(COLUMNS, PARTS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
         )
     else:
         here = first_of(start, entries, ROWS)
@@ -228,8 +227,8 @@ def _update_kernel(
         end = tl.load(first + slot + 1, mask=here, other=0)
         row, inside = load_index(index, position, here, 1, rows)
         end = tl.where(inside, end, position)
-        dz = tl.zeros([ROWS, BLOCK], tl.float32)
-        weighted = tl.zeros([ROWS, BLOCK], tl.float32)
+        dz = zeros(PARTS, ROWS, BLOCK)
+        weighted = zeros(PARTS, ROWS, BLOCK)
         dkl = tl.zeros([ROWS], tl.float32)
         while tl.max(end - position, axis=0) > 0:
             left = position < end
@@ -238,37 +237,43 @@ def _update_kernel(
             b = tl.load(order + position, mask=single, other=0)
             term = _load_term(
                 *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, b, single),
-                *(column, COLUMNS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+                *(COLUMNS, PARTS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
             )
-            dz += term[0]
-            weighted += term[1]
+            dz = added(dz, term[0], PARTS)
+            weighted = added(weighted, term[1], PARTS)
             dkl += term[2]
             if LEVELS > 0:
                 chunked = left & (length > 1)
                 pointer = chunks + chunk.to(tl.int64) * WIDTH
-                mask = chunked[:, None] & wanted
-                pointers = pointer[:, None] + column[None, :]
-                dz += tl.load(pointers, mask=mask, other=0.0)
-                weighted += tl.load(pointers + COLUMNS, mask=mask, other=0.0)
+                dz = added(dz, load_parts(pointer, chunked, COLUMNS, PARTS, BLOCK), PARTS)
+                term = load_parts(pointer + COLUMNS, chunked, COLUMNS, PARTS, BLOCK)
+                weighted = added(weighted, term, PARTS)
                 dkl += tl.load(pointer + 2 * COLUMNS, mask=chunked, other=0.0)
             position += tl.where(left, length, 0)
 
-    mask = inside[:, None] & wanted
-    weight_tile = row_tile(weight, row, weight_stride, column, ALIGN)
-    exp_avg_tile = row_tile(exp_avg, row, exp_avg_stride, column, ALIGN)
-    exp_avg_sq_tile = row_tile(exp_avg_sq, row, exp_avg_sq_stride, column, ALIGN)
-    w1, m1, v1 = load_state(weight_tile, exp_avg_tile, exp_avg_sq_tile, mask)
-    w2, m2, v2 = load_state(
-        weight_tile + COLUMNS, exp_avg_tile + COLUMNS, exp_avg_sq_tile + COLUMNS, mask
-    )
-    prior = load_prior(prior_mean, prior_std, column[None, :], wanted, MEANS, STDS)
+    weight_rows = row_start(weight, row, weight_stride, ALIGN)
+    exp_avg_rows = row_start(exp_avg, row, exp_avg_stride, ALIGN)
+    exp_avg_sq_rows = row_start(exp_avg_sq, row, exp_avg_sq_stride, ALIGN)
+    w1 = load_parts(weight_rows, inside, COLUMNS, PARTS, BLOCK)
+    m1 = load_parts(exp_avg_rows, inside, COLUMNS, PARTS, BLOCK)
+    v1 = load_parts(exp_avg_sq_rows, inside, COLUMNS, PARTS, BLOCK)
+    w2 = load_parts(weight_rows + COLUMNS, inside, COLUMNS, PARTS, BLOCK)
+    m2 = load_parts(exp_avg_rows + COLUMNS, inside, COLUMNS, PARTS, BLOCK)
+    v2 = load_parts(exp_avg_sq_rows + COLUMNS, inside, COLUMNS, PARTS, BLOCK)
     # the rule is linear in (∂z, ε∂z, ∂KL), so that it also takes their sums over a run
     dkl = dkl[:, None]
     scale = gradient_scale(sign, grad_scale)
-    g1 = mean_gradient(dz, dkl, w1, prior[0], prior[1]) * scale
-    g2 = log_variance_gradient(weighted, dkl, w2, 1.0, prior[2]) * scale
+    g1, g2 = (), ()
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+        wanted = below(COLUMNS, part, BLOCK)
+        m, inverse_std, log_prior = load_prior(prior_mean, prior_std, column, wanted, MEANS, STDS)
+        of_mean = mean_gradient(dz[part], dkl, w1[part], m, inverse_std)
+        of_log_variance = log_variance_gradient(weighted[part], dkl, w2[part], 1.0, log_prior)
+        g1 += (of_mean * scale,)
+        g2 += (of_log_variance * scale,)
     if skipped is not None:
-        finite = all_finite(g1, wanted) & all_finite(g2, wanted)
+        finite = all_finite(g1, COLUMNS, PARTS, BLOCK) & all_finite(g2, COLUMNS, PARTS, BLOCK)
         count(skipped, inside & ~finite, ROWS)
         inside = inside & finite
     rate = scalar(lr).to(tl.float32)
@@ -276,17 +281,17 @@ def _update_kernel(
     log_beta2 = double(log_beta2_high, log_beta2_low)
     time, seen = row_times(row_step, row, inside, scalar(step), STEP_MODE)
     step_rows(
-        *(weight_tile, exp_avg_tile, exp_avg_sq_tile, w1, m1, v1, g1, row, inside, wanted, code),
-        *(time, seen, rate, history, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2),
-        *(eps, weight_decay, radius, limit, seed),
-        *(0, ROWS, BLOCK, STEP_MODE, PROJECTION, DITHER),
+        *(weight_rows, exp_avg_rows, exp_avg_sq_rows, w1, m1, v1, g1, row, inside, time, seen),
+        *(rate, history, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2),
+        *(eps, weight_decay, radius, limit, seed, 0, COLUMNS, CODE_COLUMNS),
+        *(PARTS, ROWS, BLOCK, STEP_MODE, PROJECTION, DITHER),
     )
     step_rows(
-        *(weight_tile + COLUMNS, exp_avg_tile + COLUMNS, exp_avg_sq_tile + COLUMNS),
-        *(w2, m2, v2, g2, row, inside, wanted, code),
-        *(time, seen, rate, history, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2),
-        *(eps, weight_decay, radius, limit, seed),
-        *(COLUMNS, ROWS, BLOCK, STEP_MODE, NO_PROJECTION, DITHER),
+        *(weight_rows + COLUMNS, exp_avg_rows + COLUMNS, exp_avg_sq_rows + COLUMNS),
+        *(w2, m2, v2, g2, row, inside, time, seen),
+        *(rate, history, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2),
+        *(eps, weight_decay, radius, limit, seed, COLUMNS, COLUMNS, CODE_COLUMNS),
+        *(PARTS, ROWS, BLOCK, STEP_MODE, NO_PROJECTION, DITHER),
     )
     store_times(row_step, row, inside, time, ROWS, STEP_MODE)
 
@@ -366,9 +371,10 @@ def plan(
         raise ValueError(
             f"impl='triton' projects the mean, {width} columns, of a variational row; got {columns}"
         )
-    rows, block, warps = tile("variational", width, weight, exp_avg)
     drawn = _drawn(prior_mean, prior_std, noise_seed, noise, sample)
     given = drawn.pop("given")
+    align = alignment(width, weight, exp_avg, exp_avg_sq, grad_z, *given)
+    rows, parts, block, warps = tile("variational", width, weight, exp_avg, align=align)
     return Launch(
         _update_kernel,
         (triton.cdiv(index.numel(), rows),),
@@ -401,8 +407,9 @@ def plan(
             ),
             "COLUMNS": width,
             "ROWS": rows,
+            "PARTS": parts,
             "BLOCK": block,
-            "ALIGN": alignment(width, weight, exp_avg, exp_avg_sq, grad_z, *given),
+            "ALIGN": align,
             "STEP_MODE": STEP_MODES[step_mode],
             "WIDTH": 0 if chunks is None else chunks.shape[1],
             "LEVELS": 0 if runs is None else levels(index.numel()),
@@ -417,7 +424,7 @@ def plan_level_one(
 ) -> Launch:
     """The launch that sums every chunk of 32; ``duplicates`` goes on from there."""
     width = grad_z.shape[1]
-    rows, block, warps = tile("adam", width, grad_z)
+    rows, _, block, warps = tile("adam", width, grad_z)
     drawn = _drawn(*draw)
     return Launch(
         _chunks_kernel,

@@ -32,8 +32,9 @@ def look(columns, dtype, targets, every_option=False, only=None):
             arguments = case.launch.arguments
             # what a program's threads load, idle ones and those past a row's end included
             row["padding"] = 1.0
-            if "PARTS" not in arguments:
-                row["padding"] = arguments["BLOCK"] / arguments["COLUMNS"]
+            if "LANES" not in arguments:
+                width = arguments.get("PARTS", 1) * arguments["BLOCK"]
+                row["padding"] = width / arguments["COLUMNS"]
             row["tile_rows"] = arguments["ROWS"]
             rows.append(row)
 
@@ -42,6 +43,8 @@ look(64, torch.float32, ["sm_80", "sm_100", "gfx942"])
 look(256, torch.float32, ["sm_90"])
 for columns in (33, 48, 100, 160, 200, 300):
     look(columns, torch.float32, ["sm_90"], only=["table, scalar prior"])
+for columns in (33, 36, 100):
+    look(columns, torch.float32, ["sm_90"], every_option=True, only=["row", "duplicates"])
 # where an earlier tile spilled
 look(32, torch.bfloat16, ["sm_80"], every_option=True, only=["prior [D]"])
 some = ["row", "stochastic", "bf16 moments", "on device", "table, scalar prior"]
@@ -107,11 +110,10 @@ def test_tables_moments_and_gradients_move_in_128_bits(rows):
 
 
 def test_no_fp32_kernel_is_arithmetic_bound_on_an_h200(rows):
-    """Whatever the width from 32 on: powers of two, multiples of four, odd ones' lookups.
+    """Whatever the width from 32 on: powers of two, multiples of four, of two, odd numbers.
 
-    The updates of odd widths are not: see benchmarks/notes.md. Nor are sums over chunks of a hot
-    row in the fused update, which draw a normal for every four bytes that they read; only rows that
-    stand 32 times in a batch have such chunks.
+    Not so the sums over chunks of a hot row in the fused update, which draw a normal for every four
+    bytes that they read; only rows that stand 32 times in a batch have such chunks.
     """
     bound = [
         f"{name(row)}: {row['bound']['H200']['share']:.2f}"
