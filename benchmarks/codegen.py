@@ -17,10 +17,13 @@ import argparse
 import collections
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -358,13 +361,21 @@ def cases(columns: int, dtype: torch.dtype, every_option: bool) -> Iterator[Case
             break
 
 
-def matrix() -> Iterator[tuple[Case, str]]:
-    """Everything that the command looks at."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for columns in (32, 64, 100, 256, 1024):
-            for case in cases(columns, dtype, every_option=columns == 64):
-                for target in TARGETS:
-                    yield case, target
+# the widths and dtypes that the command looks at; every option is compiled at one of them
+_WIDTHS, _DTYPES, _EVERY = (32, 33, 64, 100, 128, 256, 1024), ("float32", "bfloat16"), 64
+
+
+def _look(unit: tuple[str, int]) -> list[dict[str, Any]]:
+    """All kernels at one dtype and width, on all targets."""
+    dtype, columns = unit
+    rows = []
+    for case in cases(columns, getattr(torch, dtype), every_option=columns == _EVERY):
+        for target in TARGETS:
+            if target.startswith("gfx"):
+                compile_launch(case.launch, TARGETS[target])
+            else:
+                rows.append(as_row(inspect(case, target)))
+    return rows
 
 
 def as_row(report: Report) -> dict[str, Any]:
@@ -410,12 +421,11 @@ def main(arguments: list[str] | None = None) -> None:
     print("Not measured on a GPU: compiled ahead of time, bounds predicted.\n")
     print(_HEADER)
     rows = []
-    for case, target in matrix():
-        if target.startswith("gfx"):
-            compile_launch(case.launch, TARGETS[target])
-            continue
-        rows.append(as_row(inspect(case, target)))
-        print(_line(rows[-1]), flush=True)
+    units = [(dtype, columns) for dtype in _DTYPES for columns in _WIDTHS]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_look, units):
+            rows += found
+            print("\n".join(map(_line, found)), flush=True)
     print(f"\nEvery case compiled for {', '.join(TARGETS)}.")
     if options.json:
         document = {

@@ -16,6 +16,9 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+NAMES = ("fastlatent", "torch fused Adam")
+
+
 def step_table() -> str:
     content = load("bench_step")
     results, machine = content["results"], content["machine"]
@@ -47,6 +50,20 @@ def step_table() -> str:
     lines[-1] += f"({machine['processor']}, {machine['cores']} cores, "
     lines[-1] += f"torch {machine['versions']['torch']}; load {machine['load_average_before']:.1f} "
     lines[-1] += "before the run.)"
+    few, many = (
+        {name: training[f"test_scaling_training[{name}]"]["median_ms"][size] for name in NAMES}
+        for training in [load("bench_scaling")["results"]]
+        for size in ("N = 1e5", "N = 1e7")
+    )
+    lines += [
+        "",
+        "A whole training step of the auto-decoder of the million patches below, with its decoder: "
+        + "; ".join(
+            f"{few[name]:.1f} ms at 10⁵ rows, {many[name]:.1f} ms at 10⁷ with {name}"
+            for name in NAMES
+        )
+        + ".",
+    ]
     return "\n".join(lines)
 
 
@@ -124,8 +141,25 @@ def million_table() -> str:
         f"Unseen error of bf16 tables over that of fp32 after {results['test_rounding']['epochs']} "
         f"epochs: {shares}. (One thread beside other work: load "
         f"{machine['load_average_before']:.1f} before the run.)",
+        "",
+        small_steps(),
     ]
     return "\n".join(lines)
+
+
+def small_steps() -> str:
+    found = load("bench_rounding")["results"]["test_small_steps"]
+    options = found["settings"]
+    shares = ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in found["training_mse_over_fp32"].items()
+        if name != "fp32"
+    )
+    return (
+        f"Where steps are small rounding to nearest loses them: training error over that of fp32, "
+        f"digits, {options['latent_dim']} dimensions, {options['epochs']} epochs, codes' learning "
+        f"rate {options['code_lr']:g} with a cosine, mean of {len(found['seeds'])} seeds: {shares}."
+    )
 
 
 TABLES = {
