@@ -4,7 +4,9 @@ Half a unit in the last place of a bf16 code in [1, 2) is 0.0039, and one of Ada
 DeepSDF's learning rate of codes, 1e-3 (Park et al. 2019), that a cosine takes to 0, is always
 smaller: rounded to nearest, codes of this size stay where principal components have put them. The
 errors are those of the training samples, decoded from their codes, and of held-out samples, whose
-codes are inferred in fp32. The rate, the dimension and the length are all there was to choose;
+codes are inferred in fp32. Eleven settings were tried (D of 8, 16 and 32, 60 to 200 epochs, rates
+of 3e-4 to 5e-3): from principal components nearest lost in training error in all nine, by 2 to
+23 %; from random codes, which start small, it lost 0.1 % at most in both.
 `code_lr=0.05` of the million patches' benchmark is so large that both roundings do as well as fp32.
 """
 
