@@ -77,28 +77,29 @@ def _chunks_kernel(
     LEVEL: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """chunks[level, c] = the sum of chunk c of level LEVEL where one run covers it."""
     chunk = tl.program_id(0)
     if in_one_run(keys, chunk, LEVEL):
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        wanted = (column < COLUMNS)[None, :]
-        total = tl.zeros([BLOCK], tl.float32)
+        start = tl.program_id(1) * (PARTS * BLOCK)
+        total = zeros(PARTS, ROWS, BLOCK)
         for part in tl.static_range(0, 1 << _SHIFT, ROWS):
             member = (chunk << _SHIFT) + part + tl.arange(0, ROWS)
             if LEVEL == 1:
                 entry = tl.load(order + member)
-                offset = tl.multiple_of(entry * values_stride, ALIGN)
-                pointer = values + offset[:, None] + column[None, :]
+                pointer = row_start(values, entry, values_stride, ALIGN)
             else:
                 row = _first_chunk(batch, LEVEL - 1) + member
-                offset = tl.multiple_of(row.to(tl.int64) * COLUMNS, ALIGN)
-                pointer = chunks + offset[:, None] + column[None, :]
-            total += tl.sum(tl.load(pointer, mask=wanted, other=0.0).to(tl.float32), axis=0)
-        target = chunks + (_first_chunk(batch, LEVEL) + chunk).to(tl.int64) * COLUMNS
-        tl.store(target + column, total, mask=column < COLUMNS)
+                pointer = row_start(chunks, row.to(tl.int64), COLUMNS, ALIGN)
+            term = load_parts(pointer + start, member >= 0, COLUMNS - start, PARTS, BLOCK)
+            total = added(total, term, PARTS)
+        target = chunks + (_first_chunk(batch, LEVEL) + chunk).to(tl.int64) * COLUMNS + start
+        for part in tl.static_range(PARTS):
+            column = part * BLOCK + tl.arange(0, BLOCK)
+            tl.store(target + column, tl.sum(total[part], axis=0), mask=column < COLUMNS - start)
 
 
 @triton.jit
@@ -204,11 +205,12 @@ def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor, first: int = 1) -> l
     ``values`` are the batch's rows; from level 2 on only ``chunks`` are read.
     """
     batch, columns = runs.keys.numel(), chunks.shape[1]
-    rows, _, block, warps = tile("gather", min(columns, 2048), values)
+    align = alignment(columns, values)
+    rows, parts, block, warps = tile("gather", min(columns, 2048), values, align=align)
     return [
         Launch(
             _chunks_kernel,
-            (batch // FAN_IN**level, triton.cdiv(columns, block)),
+            (batch // FAN_IN**level, triton.cdiv(columns, parts * block)),
             {
                 "chunks": chunks,
                 "values": values,
@@ -219,8 +221,9 @@ def plan_chunks(runs: Runs, values: Tensor, chunks: Tensor, first: int = 1) -> l
                 "LEVEL": level,
                 "COLUMNS": columns,
                 "ROWS": min(rows, FAN_IN),
+                "PARTS": parts,
                 "BLOCK": block,
-                "ALIGN": alignment(columns, values),
+                "ALIGN": align,
             },
             warps,
             values.device,

@@ -26,9 +26,11 @@ class _Configuration(NamedTuple):
     vectors: int
 
 
-# kernel: the smallest itemsize of its tables in bytes: its configuration, for any width
+# kernel: the smallest itemsize of its tables in bytes: its configuration, for any width;
+# "chunks" are the fused update's
 CONFIGURATIONS: Mapping[str, Mapping[int, _Configuration]] = {
     "gather": {size: _Configuration(4, 4) for size in (2, 4, 8)},
+    "chunks": {2: _Configuration(2, 4), 4: _Configuration(2, 8)},
     "adam": {2: _Configuration(4, 1), 4: _Configuration(4, 2)},
     "variational": {size: _Configuration(8, 1) for size in (2, 4)},
 }

@@ -11,20 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
-def below(WIDTH: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+def below(WIDTH, PART: tl.constexpr, BLOCK: tl.constexpr):
     """Which columns ``[1, BLOCK]`` of the rows' part number PART are below WIDTH."""
     return (PART * BLOCK + tl.arange(0, BLOCK) < WIDTH)[None, :]
 
 
 @triton.jit
-def part_of(pointer, there, PART: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def part_of(pointer, there, PART: tl.constexpr, COLUMNS, BLOCK: tl.constexpr):
     """Pointers ``[ROWS, BLOCK]`` to part PART of the rows at ``pointer``, and which to follow."""
     column = (PART * BLOCK + tl.arange(0, BLOCK))[None, :]
     return pointer[:, None] + column, there[:, None] & below(COLUMNS, PART, BLOCK)
 
 
 @triton.jit
-def load_parts(pointer, there, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def load_parts(pointer, there, COLUMNS, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The rows at ``pointer`` ``[ROWS]`` that are ``there``: PARTS times ``[ROWS, BLOCK]``, fp32.
 
     All are asked for before anything is computed or stored, so that they are in flight together.

@@ -115,6 +115,7 @@ def _chunks_kernel(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     SAMPLE: tl.constexpr,
@@ -123,27 +124,29 @@ def _chunks_kernel(
     """The sums over each chunk of 32 sorted positions that lies inside one run."""
     chunk = tl.program_id(0)
     if in_one_run(keys, chunk, 1):
-        column = tl.arange(0, BLOCK)
-        dz = tl.zeros([ROWS, BLOCK], tl.float32)
-        weighted = tl.zeros([ROWS, BLOCK], tl.float32)
+        dz = zeros(PARTS, ROWS, BLOCK)
+        weighted = zeros(PARTS, ROWS, BLOCK)
         dkl = tl.zeros([ROWS], tl.float32)
-        for part in range(0, _FAN_IN, ROWS):
-            b = tl.load(order + chunk * _FAN_IN + part + tl.arange(0, ROWS))
+        for member in range(0, _FAN_IN, ROWS):
+            b = tl.load(order + chunk * _FAN_IN + member + tl.arange(0, ROWS))
             term = _load_term(
                 *(grad_z, grad_kl, grad_kl_stride, noise, noise_stride, noise_seed, b, b >= 0),
-                *(COLUMNS, 1, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
+                *(COLUMNS, PARTS, ROWS, BLOCK, ALIGN, SAMPLE, HARDWARE),
             )
-            dz += term[0][0]
-            weighted += term[1][0]
+            dz = added(dz, term[0], PARTS)
+            weighted = added(weighted, term[1], PARTS)
             dkl += term[2]
-        dz, weighted, dkl = tl.sum(dz, axis=0), tl.sum(weighted, axis=0), tl.sum(dkl, axis=0)
         target = chunks + chunk.to(tl.int64) * WIDTH
-        tl.store(target + column, dz, mask=column < COLUMNS)
-        tl.store(target + COLUMNS + column, weighted, mask=column < COLUMNS)
+        for part in tl.static_range(PARTS):
+            column = part * BLOCK + tl.arange(0, BLOCK)
+            pointers = target + column
+            tl.store(pointers, tl.sum(dz[part], axis=0), mask=column < COLUMNS)
+            tl.store(pointers + COLUMNS, tl.sum(weighted[part], axis=0), mask=column < COLUMNS)
         # the columns that fill up a row's 16 bytes are summed on, and must be numbers
         rest = tl.arange(0, 4)
         mask = 2 * COLUMNS + rest < WIDTH
-        tl.store(target + 2 * COLUMNS + rest, tl.where(rest == 0, dkl, 0.0), mask=mask)
+        dkl = tl.where(rest == 0, tl.sum(dkl, axis=0), 0.0)
+        tl.store(target + 2 * COLUMNS + rest, dkl, mask=mask)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -424,8 +427,9 @@ def plan_level_one(
 ) -> Launch:
     """The launch that sums every chunk of 32; ``duplicates`` goes on from there."""
     width = grad_z.shape[1]
-    rows, _, block, warps = tile("adam", width, grad_z)
     drawn = _drawn(*draw)
+    align = alignment(width, grad_z, *drawn["given"])
+    rows, parts, block, warps = tile("chunks", width, grad_z, align=align)
     return Launch(
         _chunks_kernel,
         (runs.keys.numel() // FAN_IN,),
@@ -440,8 +444,9 @@ def plan_level_one(
             "COLUMNS": width,
             "WIDTH": chunks.shape[1],
             "ROWS": min(rows, FAN_IN),
+            "PARTS": parts,
             "BLOCK": block,
-            "ALIGN": alignment(width, grad_z, *drawn["given"]),
+            "ALIGN": align,
         },
         warps,
         grad_z.device,
