@@ -2,7 +2,7 @@
 
 `python benchmarks/findings.py` writes the page; with `--record OUT [NAME]` it first takes the
 studies from OUT/comparison.json of `fastlatent compare --study ...` as the results of the data set
-NAME ("digits" comes first on the page, with its figures).
+NAME ("digits" comes first on the page, with its figures), `--title` their heading.
 """
 
 from __future__ import annotations
@@ -84,14 +84,15 @@ def render(results: dict[str, dict[str, Any]]) -> tuple[str, dict[str, bytes]]:
     return "\n".join(parts), files
 
 
-def record(out: Path, name: str) -> None:
-    """Take over the studies of a comparison."""
+def record(out: Path, name: str, title: str | None) -> None:
+    """Take over the studies of a comparison; `title` says what the data are, if not their name."""
     comparison = json.loads((out / "comparison.json").read_text())
     content = {
         "machine": {
             "device": f"cpu-{platform.machine()}-{os.cpu_count()}-cores",
             "cores": os.cpu_count(),
         },
+        "title": title or comparison["data"]["name"],
         **{key: comparison[key] for key in ("data", "settings", "versions", "studies")},
     }
     target = RESULTS / content["machine"]["device"] / f"studies-{name}.json"
@@ -100,8 +101,9 @@ def record(out: Path, name: str) -> None:
 
 
 def _heading(content: dict[str, Any]) -> str:
-    shape = " × ".join(map(str, content["data"]["sample_shape"]))
-    return f"{content['data']['name']}: {content['data']['samples']:,} samples of {shape}"
+    about = next(iter(content["studies"].values()))["about"]
+    shape = " × ".join(map(str, about["sample_shape"]))
+    return f"{content['title']}: {about['samples']:,} samples of {shape}"
 
 
 def _setting(content: dict[str, Any]) -> str:
@@ -110,8 +112,8 @@ def _setting(content: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, about["settings"]["seeds"]))
     return (
         f"{about['train']:,} samples to train and {about['test']:,} held out, {s['latent_dim']} "
-        f"latent dimensions unless said otherwise, decoder of {s['decoder']['parameters']:,} "
-        f"parameters, seeds {seeds}; {content['machine']['cores']} cores, torch "
+        f"latent dimensions and {about['settings']['epochs']} epochs unless said otherwise, "
+        f"decoder of {s['decoder']['parameters']:,} parameters, seeds {seeds}; {content['machine']['cores']} cores, torch "
         f"{versions['torch']}."
     )
 
@@ -125,10 +127,11 @@ def _table(table: Table) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", nargs="+", metavar=("OUT", "NAME"), help="take results over")
+    parser.add_argument("--title", help="what the data are, in the heading of their part")
     arguments = parser.parse_args()
     if arguments.record:
         out, name = (*arguments.record, DIGITS)[:2]
-        record(Path(out), name)
+        record(Path(out), name, arguments.title)
     page, files = render(load())
     (DOCS / "figures").mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
