@@ -113,8 +113,8 @@ def _setting(content: dict[str, Any]) -> str:
     return (
         f"{about['train']:,} samples to train and {about['test']:,} held out, {s['latent_dim']} "
         f"latent dimensions and {about['settings']['epochs']} epochs unless said otherwise, "
-        f"decoder of {s['decoder']['parameters']:,} parameters, seeds {seeds}; {content['machine']['cores']} cores, torch "
-        f"{versions['torch']}."
+        f"decoder of {s['decoder']['parameters']:,} parameters, seeds {seeds}; "
+        f"{content['machine']['cores']} cores, torch {versions['torch']}."
     )
 
 
