@@ -59,7 +59,8 @@ def step_table() -> str:
         "",
         "A whole training step of the auto-decoder of the million patches below, with its decoder: "
         + "; ".join(
-            f"{few[name]:.1f} ms at 10⁵ rows, {many[name]:.1f} ms at 10⁷ with {name}"
+            f"{few[name]:.1f} ms at 10⁵ rows, {many[name]:.1f} ms at 10⁷ "
+            f"({many[name] / few[name]:.2f} times) with {name}"
             for name in NAMES
         )
         + ".",
