@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlatent.kernels.launch import Launch, alignment, check_rows, tile
+from fastlatent.kernels.parts import part_of, row_start
 
 _WIDEST_BLOCK = 2048
 
@@ -53,31 +54,35 @@ def _gather_kernel(
     index_stride,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * ROWS
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = start + tl.arange(0, ROWS)
     here = first_of(start, batch, ROWS)
     row, inside = load_index(index, slot, here, index_stride, rows)
     first_part = tl.zeros([ROWS], tl.int32) + tl.program_id(1) == 0
     count(out_of_range, here & ~inside & first_part, ROWS)
-    offset = tl.multiple_of(row * weight_stride, ALIGN)
-    wanted = (column < COLUMNS)[None, :]
-    values = tl.load(
-        weight + offset[:, None] + column[None, :], mask=inside[:, None] & wanted, other=0
-    )
-    target = out + start * COLUMNS + (tl.arange(0, ROWS) * COLUMNS)[:, None] + column[None, :]
-    tl.store(target, values, mask=here[:, None] & wanted)
+    source = row_start(weight, row, weight_stride, ALIGN)
+    target = out + start * COLUMNS + tl.arange(0, ROWS) * COLUMNS
+    column = tl.program_id(1) * (PARTS * BLOCK)
+    values = ()
+    for part in tl.static_range(PARTS):
+        pointers, mask = part_of(source + column, inside, part, COLUMNS - column, BLOCK)
+        values += (tl.load(pointers, mask=mask, other=0),)
+    for part in tl.static_range(PARTS):
+        pointers, mask = part_of(target + column, here, part, COLUMNS - column, BLOCK)
+        tl.store(pointers, values[part], mask=mask)
 
 
 def plan(out: Tensor, weight: Tensor, index: Tensor, out_of_range: Tensor | None) -> Launch:
     columns = weight.shape[1]
-    rows, _, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight)
+    align = alignment(columns, weight)
+    rows, parts, block, warps = tile("gather", min(columns, _WIDEST_BLOCK), weight, align=align)
     return Launch(
         _gather_kernel,
-        (triton.cdiv(index.numel(), rows), triton.cdiv(columns, block)),
+        (triton.cdiv(index.numel(), rows), triton.cdiv(columns, parts * block)),
         {
             "out": out,
             "weight": weight,
@@ -89,8 +94,9 @@ def plan(out: Tensor, weight: Tensor, index: Tensor, out_of_range: Tensor | None
             "index_stride": index.stride(0),
             "COLUMNS": columns,
             "ROWS": rows,
+            "PARTS": parts,
             "BLOCK": block,
-            "ALIGN": alignment(columns, weight),
+            "ALIGN": align,
         },
         warps,
         weight.device,

@@ -43,7 +43,7 @@ look(64, torch.float32, ["sm_80", "sm_100", "gfx942"])
 look(256, torch.float32, ["sm_90"])
 for columns in (33, 48, 100, 160, 200, 300):
     look(columns, torch.float32, ["sm_90"], only=["table, scalar prior"])
-runs = ["row", "duplicates", "level 1", "of the update"]
+runs = ["", "row", "duplicates", "level 1", "of the update"]
 for columns in (33, 36, 100):
     look(columns, torch.float32, ["sm_90"], every_option=True, only=runs)
 # where an earlier tile spilled

@@ -136,8 +136,9 @@ def test_gather_is_exact(rows, batch, columns, dtype, index_dtype, stride, data)
     assert intact()
 
 
-def test_gather_of_wide_and_of_strided_rows():
-    weight = torch.randn(5, 3000, device=DEVICE)
+@pytest.mark.parametrize("columns", [3000, 3001])
+def test_gather_of_wide_and_of_strided_rows(columns):
+    weight = torch.randn(5, columns, device=DEVICE)
     index = torch.tensor([4, 0, -1, 4], device=DEVICE)
     count = torch.zeros((), dtype=torch.int64, device=DEVICE)
     out = _ops.gather(weight, index, count, "triton")
