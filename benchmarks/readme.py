@@ -140,7 +140,7 @@ def million_table() -> str:
     lines += [
         "",
         f"Unseen error of bf16 tables over that of fp32 after {results['test_rounding']['epochs']} "
-        f"epochs: {shares}. (One thread beside other work: load "
+        f"epochs: {shares}. ({runs[0]['settings']['threads']} threads; load "
         f"{machine['load_average_before']:.1f} before the run.)",
         "",
         small_steps(),
