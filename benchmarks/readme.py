@@ -128,8 +128,8 @@ def refinement() -> str:
     return (
         "As 10 %, 25 %, 50 % and all of the pixels come to be seen, going on from the fit before "
         f"(`init=fit`) takes of a fresh fit's steps {told('')}: a guess from few pixels is often "
-        f"the wrong one, and the nearest code replaces it. In steps of 10 %: {told('fine, ')}, with "
-        f"up to {more:.1%} more error."
+        f"the wrong one, and the nearest code replaces it. In steps of 10 %: {told('fine, ')}, "
+        f"with up to {more:.1%} more error."
     )
 
 
