@@ -41,6 +41,8 @@ MODEL_KEYS = (
     "autodecoder",
     "variational_autodecoder",
 )
+# each auto-decoder and the auto-encoder that it is compared with
+TWINS = {"autodecoder": "autoencoder", "variational_autodecoder": "variational_autoencoder"}
 
 
 @dataclass(frozen=True)

@@ -443,12 +443,13 @@ def _width(study: KlStudy, name: str) -> str:
     last = points[UNDONE[name]].against
     # three seeds that scatter widely prove no difference, but no equality either
     undone = beyond(last) == 0 and last.mean < 1.1
-    others = [mode for mode, p in points.items() if p.against != last and beyond(p.against) > 0]
+    others = [mode for mode, p in points.items() if mode != UNDONE[name] and beyond(p.against) > 0]
     if undone and others:
-        rescaled = "decoder’s input" + (
-            " and the encoder’s output are" if UNDONE[name] == "both" else " is"
-        )
-        verdict = f"the width is a choice of units only where the {rescaled} rescaled with it"
+        rescaled = {
+            "decoder": "the decoder’s input is",
+            "both": "the decoder’s input and the encoder’s output are",
+        }[UNDONE[name]]
+        verdict = f"the width is a choice of units only where {rescaled} rescaled with it"
     elif others:
         verdict = "the width is more than a choice of units in each of these trainings"
     else:

@@ -16,6 +16,7 @@ from fastlatent.figures import INKS, MODELS, label, legend, panels, spread
 from fastlatent.studies._codes import training_codes, unseen_codes
 from fastlatent.studies._run import (
     MODEL_KEYS,
+    TWINS,
     About,
     Measured,
     Result,
@@ -33,10 +34,6 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.9)
 PATTERNS = {"random": "missing at random", "block": "missing in a block"}
 HEAVIER = 10
 
-_TWINS = {
-    "autodecoder": "autoencoder",
-    "variational_autodecoder": "variational_autoencoder",
-}
 _VARIATIONAL = ("variational_autoencoder", "variational_autodecoder")
 _METHODS = ("mean", *MODEL_KEYS)
 _NAMES = {key: look.short for key, look in MODELS.items()}
@@ -187,7 +184,7 @@ def measure(
         "train": (training_codes(model, x, mask), x, mask),
         "test": (unseen_codes(model, unseen, seed, new_mask), unseen, new_mask),
     }
-    if method in _TWINS.values():
+    if method in TWINS.values():
         refined = unseen_codes(model, unseen, seed, new_mask, refine=True)
         found["refined"] = (refined, unseen, new_mask)
     with torch.no_grad():
@@ -211,8 +208,8 @@ def collect(results: Sequence[Result], about: About) -> MissingStudy:
         own = figures(method, heavier)
         estimates = {name: _estimate([f[name] for f in own]) for name in own[0]}
         others = {"against_mean": (figures("mean"), "test_missing")} if method != "mean" else {}
-        if method in _TWINS:
-            twin = figures(_TWINS[method], heavier)
+        if method in TWINS:
+            twin = figures(TWINS[method], heavier)
             others["against_twin"] = (twin, "test_missing")
             others["against_refined_twin"] = (twin, "refined_missing")
         if own[0]["test_missing"] is not None:
@@ -274,7 +271,7 @@ def _findings(study: MissingStudy) -> list[str]:
                 f"error on them in unseen samples is {errors}; the mean over the training samples "
                 f"has {of['mean']}."
             )
-    findings += [_against_twin(study, key) for key in reversed(_TWINS)]
+    findings += [_against_twin(study, key) for key in reversed(TWINS)]
     return findings + [text for text in (_heavy(study), _worse_than_mean(study)) if text]
 
 
@@ -296,7 +293,7 @@ def _missing(outcome: Outcome, name: str = "test_missing") -> str:
 
 
 def _against_twin(study: MissingStudy, key: str) -> str:
-    name, twin = _NAMES[key], _NAMES[_TWINS[key]]
+    name, twin = _NAMES[key], _NAMES[TWINS[key]]
     plain, refined = [], []
     for pattern, words in PATTERNS.items():
         for place in _told(study):
@@ -360,7 +357,7 @@ def _figure(study: MissingStudy) -> Any:
             spread(panel, [s for s, _ in known], [o.test_missing for _, o in known], method)
             style = {"color": MODELS[method].light, "lw": 0.9, "marker": "D", "ms": 2.5}
             refined = [o.refined_missing for o in outcomes]
-            if method in _TWINS.values():
+            if method in TWINS.values():
                 _line(panel, shares, refined, label=f"{_NAMES[method]} refined", **style)
         panel.set_ylim(bottom=0)
         label(panel, title, f"{unit}s missing (%)", f"error per missing {unit}")

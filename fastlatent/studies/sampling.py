@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from fastlatent import figures, samplers
 from fastlatent.data import LatentData
 from fastlatent.quality import LEAST, Quality, Reference, gaussian_kl
-from fastlatent.studies._run import MODEL_KEYS, About, Measured, Result, Settings, train_model
+from fastlatent.studies._run import (
+    MODEL_KEYS,
+    TWINS,
+    About,
+    Measured,
+    Result,
+    Settings,
+    train_model,
+)
 from fastlatent.studies._section import (
     Estimate,
     Record,
@@ -42,8 +50,6 @@ SAMPLERS = {
     "slerp": "arcs of neighbours",
     "codes": "the codes themselves",
 }
-# each auto-decoder and the auto-encoder that it is compared with
-_OTHERS = {"autodecoder": "autoencoder", "variational_autodecoder": "variational_autoencoder"}
 SHOWN = 8
 _FIGURES = tuple(f.name for f in dataclasses.fields(Quality))
 _ALL = {
@@ -254,7 +260,7 @@ def collect(results: Sequence[Result], about: About) -> SamplingStudy:
                 name: ratio(models[key].samplers[name], models[other].samplers[name])
                 for name in models[key].samplers
             }
-            for key, other in _OTHERS.items()
+            for key, other in TWINS.items()
         },
         pictures={key: dict(by[key, seeds[0]].arrays) for key in MODEL_KEYS},
     )
@@ -346,7 +352,7 @@ def _on_holes(study: SamplingStudy) -> list[str]:
         f"{percent(study.held_out.holes_95.mean)} of held-out data, lie of the samples "
         f"{'; '.join(parts)}."
     ]
-    for key, other in _OTHERS.items():
+    for key, other in TWINS.items():
         mine, theirs = (study.models[k].samplers["mixture"].holes_95 for k in (key, other))
         if mine.minimum > theirs.maximum or mine.maximum < theirs.minimum:
             more = "more" if mine.mean > theirs.mean else "fewer"
@@ -400,7 +406,7 @@ def _on_against(study: SamplingStudy) -> list[str]:
     said = []
     for key, ratios in study.against.items():
         parts = [
-            f"{words[beyond(ratios[name])]} {_short(_OTHERS[key])}’s from {_article(name)} "
+            f"{words[beyond(ratios[name])]} {_short(TWINS[key])}’s from {_article(name)} "
             f"({significant(ratios[name].mean)} of its Fréchet distance)"
             for name in ("prior", "gaussian", "mixture")
             if name in ratios
