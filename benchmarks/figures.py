@@ -36,6 +36,7 @@ def scaling(results: dict[str, Any]) -> bytes:
                 _curve(place, points, provider, colour)
         place.set_xscale("log")
         place.set_yscale("log")
+        figures.plain_ticks(place)
         sizes = sorted(
             {result[key] for name, result in results.items() if name.startswith(sources)}
         )
